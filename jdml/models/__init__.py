@@ -1,0 +1,1 @@
+"""Flax models built on ``jdml.sharding`` alone."""

@@ -1,0 +1,1 @@
+"""Module 1: how samples, features, layers and computation are divided."""

@@ -1,0 +1,1 @@
+"""Meshes, logical-axis rules, sharded creation, and a check that asked = obtained."""
