@@ -1,1 +1,21 @@
 """Meshes, logical-axis rules, sharded creation, and a check that asked = obtained."""
+
+from jdml.sharding.constrain import constrain, no_mesh, use_rules
+from jdml.sharding.mesh import make_mesh
+from jdml.sharding.optimizer import optimizer_specs
+from jdml.sharding.place import init, shard, shardings
+from jdml.sharding.rules import Rules
+from jdml.sharding.specs import specs
+
+__all__ = [
+    "Rules",
+    "constrain",
+    "init",
+    "make_mesh",
+    "no_mesh",
+    "optimizer_specs",
+    "shard",
+    "shardings",
+    "specs",
+    "use_rules",
+]
