@@ -1,0 +1,82 @@
+"""Small leaves joined into long vectors, so that they do not each pay for a launch."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdml.communicate.wire import varying_axes
+
+BUCKET_ELEMENTS = 1 << 20
+"""A leaf at least this long travels alone: joining it would only copy it."""
+
+
+def map_in_buckets(
+    exchange: Callable[..., tuple[jax.Array, ...]],
+    trees: Sequence[Sequence[jax.Array]],
+    granularity: int,
+    bucket_elements: int = BUCKET_ELEMENTS,
+) -> tuple[list[jax.Array], ...]:
+    """Applies an elementwise-shaped exchange to leaves joined into 1-D f32 vectors.
+
+    Args:
+      exchange: Takes the bucket's index and one f32 vector per entry of ``trees``; returns a tuple
+        of f32 vectors of the same length.
+      trees: Lists of leaves, equal in shape from list to list.
+      granularity: Each leaf starts at a multiple of this, so that no block holds two leaves.
+      bucket_elements: Greatest length of a bucket that holds more than one leaf.
+
+    Returns:
+      One list of f32 leaves per vector that ``exchange`` returned.
+    """
+    outputs: list[list[Any]] = []
+    for number, members in enumerate(_plan(trees, granularity, bucket_elements)):
+        vectors = [
+            jnp.concatenate([_padded(leaves[i], granularity) for i in members]) for leaves in trees
+        ]
+        results = exchange(number, *vectors)
+        if not outputs:
+            outputs = [list(trees[0]) for _ in results]  # empty leaves pass through
+        for out, vector in zip(outputs, results, strict=True):
+            start = 0
+            for i in members:
+                leaf = trees[0][i]
+                out[i] = vector[start : start + leaf.size].reshape(leaf.shape)
+                start += _ceil(leaf.size, granularity)
+    return tuple(outputs)
+
+
+def _plan(
+    trees: Sequence[Sequence[jax.Array]], granularity: int, bucket_elements: int
+) -> list[list[int]]:
+    """Groups leaf indices; a bucket holds only leaves that vary over the same mesh axes.
+
+    A leaf that is replicated over some axis must stay so, and joined to one that is not it would
+    no longer be known to be.
+    """
+    buckets: list[list[int]] = []
+    open_buckets: dict[frozenset[str], tuple[list[int], int]] = {}
+    for i, leaf in enumerate(trees[0]):
+        if leaf.size == 0:
+            continue
+        length = _ceil(leaf.size, granularity)
+        varying = frozenset[str]().union(*(varying_axes(leaves[i]) for leaves in trees))
+        members, filled = open_buckets.get(varying, ([], 0))
+        if not members or filled + length > bucket_elements:
+            members, filled = [], 0
+            buckets.append(members)
+        members.append(i)
+        open_buckets[varying] = (members, filled + length)
+    return buckets
+
+
+def _ceil(size: int, granularity: int) -> int:
+    return math.ceil(size / granularity) * granularity
+
+
+def _padded(leaf: jax.Array, granularity: int) -> jax.Array:
+    flat = leaf.astype(jnp.float32).reshape(-1)
+    pad = _ceil(flat.size, granularity) - flat.size
+    return jnp.pad(flat, (0, pad)) if pad else flat

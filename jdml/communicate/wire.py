@@ -1,0 +1,94 @@
+"""What a transformation is told about the mesh around it, and how it reaches the local shards.
+
+A transformation's ``update`` runs where the worker axis is manual and all other mesh axes are
+automatic: it sees whole leaves. A codec must see the shard that the device holds, or the
+partitioner gathers the leaf over the other axes first. :func:`on_shards` opens that inner region.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jdml.sharding.paths import path_str
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """The optional extra argument ``wire`` of every exchanging transformation's ``update``.
+
+    ``jdml.train.make_step`` passes it. Without it (in a ``shard_map`` of the user's own) a leaf is
+    taken to be the local shard.
+
+    Attributes:
+      key: Typed PRNG key of this step, the same on every worker; ``None`` if there is none.
+      other_axes: Mesh axes besides the workers', which are automatic outside :func:`on_shards`.
+      specs: ``(leaf path, PartitionSpec over other_axes)`` of every parameter.
+    """
+
+    key: jax.Array | None
+    other_axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    specs: tuple[tuple[str, PartitionSpec], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+
+
+def on_shards(
+    exchange: Callable[..., tuple[PyTree, ...]],
+    wire: Wire | None,
+    trees: tuple[PyTree, ...],
+    extras: tuple[PyTree, ...] = (),
+    num_outputs: int = 1,
+) -> tuple[PyTree, ...]:
+    """Runs ``exchange(*trees, *extras)`` with every mesh axis manual, leaf by local shard.
+
+    Args:
+      exchange: Gets ``trees`` with each leaf's local shard and ``extras`` as they are; returns a
+        tuple of trees whose leaves are those of ``trees[0]``, in shape and sharding.
+      wire: What ``update`` was given; ``None`` or no other axes: runs ``exchange`` directly.
+      trees: Pytrees whose leaves sit where the parameters' do (a subset of them, under a mask).
+      extras: Small arrays that are the same on every device of the other axes.
+      num_outputs: How many trees ``exchange`` returns.
+    """
+    if wire is None or not wire.other_axes:
+        return exchange(*trees, *extras)
+    table = dict(wire.specs)
+
+    def spec_of(path: tuple[Any, ...], _: Any) -> PartitionSpec:
+        return table.get(path_str(path), PartitionSpec())
+
+    specs = tuple(jax.tree_util.tree_map_with_path(spec_of, tree) for tree in trees)
+    whole = jax.tree.map(lambda _: PartitionSpec(), extras)
+    return jax.shard_map(
+        exchange,
+        in_specs=(*specs, *whole),
+        out_specs=(specs[0],) * num_outputs,
+        axis_names=set(wire.other_axes),
+    )(*trees, *extras)
+
+
+def per_worker(tree: PyTree, axis: str) -> PyTree:
+    """Marks every leaf as one that may differ from worker to worker; the values stay."""
+
+    def mark(x: jax.Array) -> jax.Array:
+        return x if varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
+
+    return jax.tree.map(mark, tree)
+
+
+def varies(x: jax.Array, axis: str) -> bool:
+    """Whether JAX's type of ``x`` says that it may differ along ``axis`` (inside ``shard_map``)."""
+    return axis in varying_axes(x)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which JAX's type of ``x`` says that it may differ.
+
+    The one place that reads this young attribute.
+    """
+    return frozenset(jax.typeof(x).mat.varying)
