@@ -1,5 +1,6 @@
 """Meshes, logical-axis rules, sharded creation, and a check that asked = obtained."""
 
+from jdml.sharding.compiled import Collective, bytes_per_axis, collectives
 from jdml.sharding.constrain import constrain, no_mesh, use_rules
 from jdml.sharding.mesh import make_mesh
 from jdml.sharding.optimizer import optimizer_specs
@@ -8,7 +9,10 @@ from jdml.sharding.rules import Rules
 from jdml.sharding.specs import specs
 
 __all__ = [
+    "Collective",
     "Rules",
+    "bytes_per_axis",
+    "collectives",
     "constrain",
     "init",
     "make_mesh",
