@@ -3,64 +3,156 @@
 Optax does not say which leaf of a state belongs to which parameter. Its key path does: a state
 that maps over the parameters keeps their paths as suffixes of its own (``1/mu/layers/0/kernel``).
 The longest suffix that is a parameter's path names the parameter; then its shape says the spec:
-the parameter's own, or, for factored moments, the spec less the entry of the dim that is gone.
+the parameter's own; less the entry of the dim that is gone, for factored moments; with whole dims
+in front, for a history of several steps. What fits none of these stays whole.
+
+ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) divides over the data axis what plain data
+parallelism keeps N times: with ``zero=1`` the optimiser state, with ``zero=2`` the gradients too.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jdml.sharding.paths import leaves_with_paths
-from jdml.sharding.place import broadcast
-from jdml.sharding.specs import as_pytree
+from jdml.sharding.fit import AnyMesh, Note, axes_of, fit, log_notes, num_parts, shape_of
+from jdml.sharding.paths import as_pytree, broadcast_specs, leaves_with_paths
+from jdml.sharding.rules import OnIndivisible, entry_of
 
 PyTree = Any
+Zero = Literal[0, 1, 2]
 
 
-def optimizer_specs(opt_state: PyTree, params: PyTree, param_specs: PyTree) -> PyTree:
+def optimizer_specs(
+    opt_state: PyTree,
+    params: PyTree,
+    param_specs: PyTree,
+    zero: Zero = 0,
+    mesh: AnyMesh | None = None,
+    axis: str = "data",
+    on_indivisible: OnIndivisible = "replicate",
+) -> PyTree:
     """A ``PartitionSpec`` for every leaf of an Optax state, in its structure.
 
     Args:
       opt_state: the state, as arrays or ``jax.eval_shape(tx.init, params)``.
       params: the parameters (or their shapes) that it was made from.
       param_specs: their specs.
+      zero: 0 for the parameters' layout; 1 or 2 to divide the state over ``axis`` as well.
+      mesh: needed for ``zero``.
+      axis: the axis over which the parameters are replicated.
+      on_indivisible: for ``zero``, what becomes of a parameter with no dim left that ``axis``
+        divides: ``"replicate"`` (logged) or ``"error"``.
     """
+    if zero:
+        param_specs = zero_specs(params, param_specs, mesh, axis, on_indivisible)
+    _check_zero(zero)
+    return specs_like(opt_state, params, param_specs)
+
+
+def gradient_specs(
+    params: PyTree,
+    param_specs: PyTree,
+    zero: Zero = 0,
+    mesh: AnyMesh | None = None,
+    axis: str = "data",
+    on_indivisible: OnIndivisible = "replicate",
+) -> PyTree:
+    """Specs of the gradients: the parameters', and with ``zero=2`` divided over ``axis`` too."""
+    _check_zero(zero)
+    if zero == 2:
+        return zero_specs(params, param_specs, mesh, axis, on_indivisible)
+    return param_specs
+
+
+def zero_specs(
+    params: PyTree,
+    param_specs: PyTree,
+    mesh: AnyMesh | None,
+    axis: str = "data",
+    on_indivisible: OnIndivisible = "replicate",
+) -> PyTree:
+    """The parameters' specs, each divided over ``axis`` as well.
+
+    Of the dims whose parts ``axis`` divides, the one with the largest part is taken; a spec that
+    has the axis already stays as it is, and so does a leaf of one element.
+    """
+    if mesh is None or axis not in mesh.shape:
+        have = None if mesh is None else dict(mesh.shape)
+        raise ValueError(f"ZeRO divides over axis {axis!r}: expected mesh= to have it, got {have}")
     params = as_pytree(params)
-    flat = broadcast(param_specs, params)
-    known = {
-        tuple(path.split("/")): (np.shape(leaf), spec)
-        for (path, leaf), spec in zip(leaves_with_paths(params), flat, strict=True)
-    }
+    notes: list[Note] = []
     found = [
-        _match(tuple(path.split("/")), np.shape(leaf), known)
-        for path, leaf in leaves_with_paths(opt_state)
+        _divide(path, shape_of(leaf), spec, mesh, axis, on_indivisible, notes)
+        for (path, leaf), spec in zip(
+            leaves_with_paths(params), broadcast_specs(param_specs, params), strict=True
+        )
     ]
-    return jax.tree.unflatten(jax.tree.structure(opt_state), found)
+    log_notes(notes)
+    return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-def _match(
-    path: tuple[str, ...],
-    shape: tuple[int, ...],
-    known: dict[tuple[str, ...], tuple[tuple[int, ...], P]],
-) -> P:
-    for start in range(len(path)):
-        if path[start:] in known:
-            return _fit(shape, *known[path[start:]])
-    if ("<root>",) in known:
-        return _fit(shape, *known[("<root>",)])
-    return P()
+def specs_like(tree: PyTree, params: PyTree, param_specs: PyTree) -> PyTree:
+    """Specs for a tree whose leaves mirror parameters, found by path suffix and shape."""
+    params, tree = as_pytree(params), as_pytree(tree)
+    known = {
+        tuple(path.split("/")): (shape_of(leaf), spec)
+        for (path, leaf), spec in zip(
+            leaves_with_paths(params), broadcast_specs(param_specs, params), strict=True
+        )
+    }
+    root = known.get(("<root>",))
+    found = []
+    for path, leaf in leaves_with_paths(tree):
+        parts = tuple(path.split("/"))
+        suffixes = (parts[start:] for start in range(len(parts)))
+        match = next((known[suffix] for suffix in suffixes if suffix in known), root)
+        found.append(P() if match is None else _like(shape_of(leaf), *match))
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
-def _fit(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P) -> P:
-    """The parameter's spec for a leaf of its shape, or of its shape less one dim."""
+def _like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P) -> P:
     if shape == param_shape:
         return spec
     entries = tuple(spec) + (None,) * (len(param_shape) - len(spec))
+    extra = len(shape) - len(param_shape)
+    if extra > 0 and param_shape and shape[extra:] == param_shape:
+        return P(*(None,) * extra, *entries)
+    # Two dims of one size leave two candidates; they must agree, or the leaf stays whole.
     fits = {
         entries[:dim] + entries[dim + 1 :]
         for dim in range(len(param_shape))
         if param_shape[:dim] + param_shape[dim + 1 :] == shape
     }
     return P(*fits.pop()) if len(fits) == 1 else P()
+
+
+def _divide(
+    path: str,
+    shape: tuple[int, ...],
+    spec: P,
+    mesh: AnyMesh,
+    axis: str,
+    on_indivisible: OnIndivisible,
+    notes: list[Note],
+) -> P:
+    entries = list(spec) + [None] * (len(shape) - len(spec))
+    if math.prod(shape) <= 1 or any(axis in axes_of(entry) for entry in entries):
+        return spec
+    part = [size // num_parts(entry, mesh) for size, entry in zip(shape, entries, strict=True)]
+    fits = [dim for dim, size in enumerate(part) if size % mesh.shape[axis] == 0]
+    best = max(fits or range(len(shape)), key=lambda dim: (part[dim], -dim))
+    entries[best] = entry_of((*axes_of(entries[best]), axis))
+    divided = P(*entries)
+    # Where nothing fits, ``fit`` reports or raises, and the leaf keeps its parameter's layout.
+    fit(path, shape, divided, mesh, on_indivisible, notes)
+    return divided if fits else spec
+
+
+def _check_zero(zero: int) -> None:
+    if zero not in (0, 1, 2):
+        raise ValueError(
+            f"zero must be 0, 1 or 2, got {zero!r}; stage 3 divides the parameters themselves: "
+            "that is the FSDP preset"
+        )

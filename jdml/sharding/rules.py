@@ -11,99 +11,132 @@ entries before them wherever ``constrain`` looks a name up.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 from jax.sharding import PartitionSpec as P
 
 Axis = str | tuple[str, ...] | None
-Names = tuple[Any, ...] | None
+Names = tuple[Any, ...]
+OnIndivisible = Literal["error", "replicate", "pad"]
 
 
+class InferFSDP(NamedTuple):
+    """How leaves without names are divided: their largest dim that ``axis`` divides."""
+
+    axis: str
+    min_size: int
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class Rules:
     """Logical name → mesh axis, tuple of axes, or None; frozen and hashable.
 
     Args:
       *pairs: ``(name, axis)``, looked up first and in order: the first match wins.
-      **axes: the same as keywords, looked up after the pairs.
+      on_indivisible: what to do with a dim that its axes do not divide: ``"error"``;
+        ``"replicate"`` leaves that dim whole; ``"pad"`` keeps the spec, and ``shard`` and ``init``
+        append zeros to the dim. What was done is logged, and listed by ``describe``.
+      **axes: the same as pairs, as keywords, looked up after them.
     """
 
-    __slots__ = ("_activations", "_hash", "_infer", "_lookup", "_patterns", "_table")
+    table: tuple[tuple[str, Axis], ...]
+    activation_table: tuple[tuple[str, Axis], ...]
+    patterns: tuple[tuple[str, Names | None], ...]
+    inferred: InferFSDP | None
+    on_indivisible: OnIndivisible
 
-    def __init__(self, *pairs: tuple[str, Axis], **axes: Axis):
-        self._set(tuple(pairs) + tuple(axes.items()))
-
-    def _set(
+    def __init__(
         self,
-        table: Iterable[tuple[str, Axis]],
-        activations: tuple[tuple[str, Axis], ...] = (),
-        patterns: tuple[tuple[str, Names], ...] = (),
-        infer: tuple[str, int] | None = None,
-    ) -> None:
-        put = object.__setattr__
-        table = tuple(_pair(pair) for pair in table)
-        put(self, "_table", table)
-        put(self, "_activations", activations)
-        put(self, "_patterns", patterns)
-        put(self, "_infer", infer)
-        put(self, "_lookup", dict(reversed(table)))
-        # A rule context takes part in the cache key of every jitted call: hash once.
-        put(self, "_hash", hash((table, activations, patterns, infer)))
+        *pairs: tuple[str, Axis],
+        on_indivisible: OnIndivisible = "error",
+        **axes: Axis,
+    ):
+        self._set(
+            table=tuple(_pair(pair) for pair in (*pairs, *axes.items())),
+            activation_table=(),
+            patterns=(),
+            inferred=None,
+            on_indivisible=valid_policy(on_indivisible),
+        )
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def _with(self, **changes: Any) -> "Rules":
-        fields: dict[str, Any] = {
-            "table": self._table,
-            "activations": self._activations,
-            "patterns": self._patterns,
-            "infer": self._infer,
-        }
         new = object.__new__(Rules)
-        new._set(**(fields | changes))
+        new._set(**{name: getattr(self, name) for name in self.__dataclass_fields__} | changes)
         return new
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("Rules is frozen; use .replace(name=axis)")
 
     def __hash__(self) -> int:
         return self._hash
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rules) and self._key() == other._key()
-
-    def _key(self) -> tuple[Any, ...]:
-        return (self._table, self._activations, self._patterns, self._infer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, self._key())
-
     def __repr__(self) -> str:
-        return f"Rules({', '.join(f'{name}={axis!r}' for name, axis in self._table)})"
+        parts = [f"{name}={axis!r}" for name, axis in self.table]
+        if self.on_indivisible != "error":
+            parts.append(f"on_indivisible={self.on_indivisible!r}")
+        text = f"Rules({', '.join(parts)})"
+        if self.activation_table:
+            own = ", ".join(f"{name}={axis!r}" for name, axis in self.activation_table)
+            text += f".for_activations({own})"
+        if self.patterns:
+            text += f".for_paths({dict(self.patterns)!r})"
+        if self.inferred:
+            text += f".infer_fsdp(axis={self.inferred.axis!r}, min_size={self.inferred.min_size})"
+        return text
 
-    def replace(self, **axes: Axis) -> "Rules":
-        """These rules with some names mapped anew."""
-        return self._with(table=tuple(axes.items()) + self._table)
+    def replace(self, *, on_indivisible: OnIndivisible | None = None, **axes: Axis) -> "Rules":
+        """These rules with some names mapped anew, for parameters and activations alike."""
+        policy = self.on_indivisible if on_indivisible is None else valid_policy(on_indivisible)
+        return self._with(
+            table=_over(self.table, axes),
+            activation_table=tuple(p for p in self.activation_table if p[0] not in axes),
+            on_indivisible=policy,
+        )
 
     def for_activations(self, **axes: Axis) -> "Rules":
         """These rules, with entries that hold for activations only."""
-        pairs = tuple(_pair(pair) for pair in axes.items())
-        return self._with(activations=pairs + self._activations)
+        return self._with(activation_table=_over(self.activation_table, axes))
 
     @property
     def activations(self) -> "Rules":
         """The rules as activations see them."""
-        return self._with(table=self._activations + self._table, activations=())
+        return self._activations
 
-    def for_paths(self, patterns: Mapping[str, Names]) -> "Rules":
+    def for_paths(self, patterns: Mapping[str, Iterable[Any] | None]) -> "Rules":
         """Name the dims of leaves that carry no names themselves, by their path.
 
         Args:
-          patterns: regular expression → names of the dims, or None for a replicated leaf. The
+          patterns: regular expression → names of the dims, or None for a leaf that stays whole. The
             expression is searched for in paths such as ``"layers/0/attention/kernel"``; the first
             match wins. Once there are patterns, a leaf that none matches is an error.
         """
-        for pattern in patterns:
-            re.compile(pattern)
-        added = tuple((k, None if v is None else tuple(v)) for k, v in patterns.items())
-        return self._with(patterns=self._patterns + added)
+        added: list[tuple[str, Names | None]] = []
+        for pattern, names in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Rules.for_paths: {pattern!r} is no regular expression ({error})"
+                ) from None
+            if isinstance(names, str):
+                raise ValueError(
+                    f"Rules.for_paths: {pattern!r} must map to names, one per dim, or None; "
+                    f"got the string {names!r}; write ({names!r},)"
+                )
+            added.append((pattern, None if names is None else tuple(names)))
+        return self._with(patterns=self.patterns + tuple(added))
+
+    def infer_fsdp(self, axis: str = "fsdp", min_size: int = 2**16) -> "Rules":
+        """These rules, with leaves that nothing names divided along their largest dim.
+
+        Args:
+          axis: the mesh axis; of the dims that it divides, the largest is taken, the first on ties.
+          min_size: leaves with fewer elements stay whole.
+        """
+        return self._with(inferred=InferFSDP(axis, min_size))
 
     def axis(self, name: str, mesh_axes: Iterable[str] = ()) -> Axis:
         """The mesh axis, axes, or None that ``name`` stands for."""
@@ -113,7 +146,7 @@ class Rules:
             return name
         raise ValueError(
             f"unknown logical name {name!r}; the rules know {sorted(self._lookup)}. Add "
-            f"Rules({name}=<mesh axis>), or Rules({name}=None) to leave the dim whole"
+            f"{name}=<mesh axis> to the rules, or {name}=None to leave the dim whole"
         )
 
     def spec(self, names: Iterable[Any], mesh_axes: Iterable[str] = ()) -> P:
@@ -129,35 +162,68 @@ class Rules:
         """
         names = tuple(names)
         entries: list[Any] = []
-        used: dict[str, Any] = {}
-        for name in names:
+        used: dict[str, int] = {}
+        for dim, name in enumerate(names):
             if name is P.UNCONSTRAINED:
                 entries.append(name)
                 continue
             axes: list[str] = []
             for part in name if isinstance(name, (tuple, list)) else (name,):
-                if part is None:
-                    continue
-                axis = self.axis(part, mesh_axes)
-                axes += () if axis is None else (axis,) if isinstance(axis, str) else axis
+                if part is not None:
+                    axis = self.axis(part, mesh_axes)
+                    axes += () if axis is None else (axis,) if isinstance(axis, str) else axis
             for axis in axes:
                 if axis in used:
                     raise ValueError(
-                        f"mesh axis {axis!r} would divide two dims of one array: {used[axis]!r} "
-                        f"and {name!r} in {names}; map one of them to another axis or to None"
+                        f"mesh axis {axis!r} is used twice, by dim {used[axis]} and dim {dim} of "
+                        f"names {names}; map one of the names to another axis, or to None"
                     )
-                used[axis] = name
-            entries.append(None if not axes else axes[0] if len(axes) == 1 else tuple(axes))
+                used[axis] = dim
+            entries.append(entry_of(axes))
         return P(*entries)
 
+    @cached_property
+    def _lookup(self) -> dict[str, Axis]:
+        return dict(reversed(self.table))
 
-def _pair(pair: tuple[str, Axis]) -> tuple[str, Axis]:
-    try:
-        name, axis = pair
-    except (TypeError, ValueError):
-        raise ValueError(f"Rules: expected pairs (name, axis), got {pair!r}") from None
-    if isinstance(axis, list):
-        axis = tuple(axis)
+    @cached_property
+    def _activations(self) -> "Rules":
+        return self._with(table=self.activation_table + self.table, activation_table=())
+
+    @cached_property
+    def _hash(self) -> int:
+        # A rule context takes part in the cache key of every jitted call: hash once.
+        return hash((self.table, self.activation_table, self.patterns, self.inferred))
+
+
+def infer_fsdp(min_size: int = 2**16, axis: str = "fsdp") -> Rules:
+    """Rules for models without annotations: every large leaf divided along its largest dim."""
+    return Rules().infer_fsdp(axis, min_size)
+
+
+def entry_of(axes: Iterable[str]) -> Axis:
+    """An entry of a spec: None, one axis, or a tuple of several."""
+    axes = tuple(axes)
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def valid_policy(policy: Any) -> OnIndivisible:
+    """The policy, if it is one."""
+    if policy not in get_args(OnIndivisible):
+        raise ValueError(f"on_indivisible must be one of {get_args(OnIndivisible)}, got {policy!r}")
+    return policy
+
+
+def _over(table: tuple[tuple[str, Axis], ...], axes: Mapping[str, Axis]) -> Any:
+    """The table with these entries in the place of those of the same names."""
+    return tuple(_pair(p) for p in axes.items()) + tuple(p for p in table if p[0] not in axes)
+
+
+def _pair(pair: tuple[str, Any]) -> tuple[str, Axis]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"Rules: expected pairs (name, axis), got {pair!r}")
+    name, axis = pair
+    axis = tuple(axis) if isinstance(axis, list) else axis
     parts = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     if not isinstance(name, str) or not all(isinstance(part, str) for part in parts):
         raise ValueError(
@@ -165,8 +231,4 @@ def _pair(pair: tuple[str, Axis]) -> tuple[str, Axis]:
         )
     if len(set(parts)) < len(parts):
         raise ValueError(f"Rules: {name!r} names a mesh axis twice: {axis!r}")
-    return name, axis
-
-
-def _rebuild(*key: Any) -> Rules:
-    return Rules()._with(**dict(zip(("table", "activations", "patterns", "infer"), key, strict=True)))
+    return name, entry_of(parts)
