@@ -15,7 +15,7 @@ import jax
 
 from jdml.sharding import hlo
 from jdml.sharding.hlo_loops import trip_count
-from jdml.sharding.replica_groups import Places, groups_of, longest_chain
+from jdml.sharding.replica_groups import Places, groups_of, longest_chain, slice_groups
 
 KINDS = (
     "all-reduce",
@@ -46,9 +46,9 @@ class Collective:
       operand_bytes: bytes of each operand on one device, without tile padding.
       group_size: devices that exchange with one another; for a permutation, devices in the longest
         cycle or chain.
-      groups: positions in the program's device order (``mesh.devices.flat``) of each group, or the
-        (source, target) pairs of a permutation; empty where the text gives no positions
-        (exchanges between TPU slices).
+      groups: positions in ``mesh.devices.flat`` of each group's members (without a mesh: in the
+        program's own device order), or the (source, target) pairs of a permutation; empty for an
+        exchange between TPU slices unless ``mesh`` holds their devices.
       loops: trip counts of the enclosing loops, outermost first; None where the text does not tell.
       conditional: stands in a branch, so that it may not run; counted as if it ran.
       asynchronous: split into start and done (counted once), so that work may overlap it.
@@ -225,9 +225,6 @@ def _is_first(inner: hlo.Frame, key: str, started: set[str]) -> bool:
     return first
 
 
-# TPU's runtime numbers device d of slice s (from 1) as 100000·s + d.
-_SLICE = 100_000
-
 # --- What each one is -------------------------------------------------------------------------
 
 
@@ -262,7 +259,10 @@ def _within(
         operands = operands[:1]  # the others are the output buffer, offsets and sizes
     groups = groups_of(module, kind, attributes)
     permutes = kind == "collective-permute"
-    axes, partial = (None, False) if places is None else places.axes(groups, product=not permutes)
+    axes, partial = None, False
+    if places is not None:
+        groups = places.of_places(groups)
+        axes, partial = places.axes(groups, product=not permutes)
     wrapped = frame.call is not None and frame.call.opcode == "async-start"
     return Collective(
         kind="reduce-scatter" if _is_scattered(frame, this) else kind,
@@ -286,35 +286,25 @@ def _between_slices(
     conditional: bool,
     places: Places | None,
 ) -> Collective:
-    """TPU's exchange between slices: a send to the host's runtime that carries a whole collective.
-
-    The text numbers slices and their devices by hardware, not by mesh. Where each device meets
-    its likes in the other slices, the axes are those along which the slice changes; otherwise
-    (several axes at once, say) they are not known, and None.
-    """
+    """TPU's exchange between slices: a send to the host's runtime, for a whole collective."""
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', this.attributes)
     kind = transfer[1].lower().replace("_", "-") if transfer else "send"
     kind = "collective-permute" if kind == "one-to-one" else kind
-    target = this.attributes.partition("_xla_megascale_target=")[2]
-    axes: tuple[str, ...] | None = None if places is None else places.slice_axes
-    if slices := re.match(r'"\{([\d,]+)\}x', target):
-        size = slices[1].count(",") + 1
-    else:
-        listed = re.match(r"\{(?:\{[\d,>-]+\},?)*", target)
-        groups = re.findall(r"\{?\{([\d,>-]+)\}", listed[0]) if listed else []
-        members = [[divmod(int(n), _SLICE) for n in re.findall(r"\d+", g)] for g in groups]
-        size = max((len(m) for m in members), default=1)
-        if any(len({device for _, device in m}) > 1 for m in members):
-            axes = None
+    permutes = kind == "collective-permute"
+    ids = slice_groups(this.attributes)
+    groups = () if places is None else places.of_ids(ids)
+    axes, partial = None, False
+    if places is not None and groups:
+        axes, partial = places.axes(groups, product=not permutes)
     operand = hlo.arrays(frame.look_up(this.operands[0]).type)[:1]
     return Collective(
         kind=kind,
         axes=axes,
-        partial=False,
+        partial=partial,
         dtypes=tuple(a.dtype for a in operand),
         operand_bytes=tuple(a.num_bytes for a in operand),
-        group_size=size,
-        groups=(),
+        group_size=longest_chain(ids) if permutes else max(map(len, ids), default=1),
+        groups=groups,
         loops=loops,
         conditional=conditional,
         asynchronous=True,

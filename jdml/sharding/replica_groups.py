@@ -113,6 +113,22 @@ def groups_of(module: Module, kind: str, attributes: str) -> Groups:
     return _placed(module, attributes, pairs, kind) if pairs else ()
 
 
+def slice_groups(attributes: str) -> Groups:
+    """Groups (or pairs) of an exchange between TPU slices, as device ids: 100000·slice + device.
+
+    The text has ``"{1,2}x{0:15}"`` (each device with its likes in the other slices), lists of ids,
+    or ``{a->b}`` pairs.
+    """
+    target = attributes.partition("_xla_megascale_target=")[2]
+    if match := re.match(r'"\{([\d,]+)\}x\{(\d+):(\d+)\}', target):
+        devices = range(int(match[2]), int(match[3]) + 1)
+        return tuple(tuple(100_000 * s + d for s in _ints(match[1])) for d in devices)
+    listed = re.match(r'"?\{((?:\{[\d,>-]+\},?)+)\}', target)
+    return (
+        tuple(tuple(_ints(g)) for g in re.findall(r"\{([\d,>-]+)\}", listed[1])) if listed else ()
+    )
+
+
 def longest_chain(pairs: Sequence[Sequence[int]]) -> int:
     """Devices in the longest cycle or chain of a permutation; 1 if nobody sends to another."""
     following = {source: target for source, target in pairs if source != target}
@@ -152,33 +168,37 @@ class Places:
                 )
             index = {device: i for i, device in enumerate(devices)}
             places = np.array([index[device] for device in order])
-        slices = [getattr(d, "slice_index", 0) or 0 for d in devices or []]
-        self.slice_axes: tuple[str, ...] = ()
-        if len(set(slices)) > 1:
-            grid = np.array(slices).reshape(self.sizes)
-            self.slice_axes = tuple(
-                name
-                for dim, name in enumerate(self.names)
-                if (grid != np.take(grid, [0], axis=dim)).any()
-            )
-            if num_devices * len(set(slices)) == places.size:  # each slice numbers its own
-                places = places[np.array(slices)[places] == slices[places[0]]]
+        slices = np.array([getattr(d, "slice_index", None) or 0 for d in devices or []])
+        if num_devices * len(set(slices.tolist())) == places.size > num_devices:
+            # On TPU each slice runs a program of its own, which numbers the slice's devices.
+            places = places[slices[places] == slices[places[0]]]
         if places.size != num_devices:
             raise ValueError(
                 f"expected a mesh of {num_devices} devices, as many as the program runs on, got "
                 f"{dict(zip(self.names, self.sizes, strict=True))} = {places.size}"
             )
-        self.coordinates = np.stack(np.unravel_index(places, self.sizes), axis=-1)
+        self.places = places
+        self.by_id = {device.id: i for i, device in enumerate(devices or [])}
 
-    def axes(self, groups: Groups, *, product: bool) -> tuple[tuple[str, ...], bool]:
+    def of_ids(self, ids: Groups) -> Groups:
+        """Positions in ``mesh.devices.flat`` of device ids; empty if it does not hold them."""
+        if not all(i in self.by_id for group in ids for i in group):
+            return ()
+        return tuple(tuple(self.by_id[i] for i in group) for group in ids)
+
+    def of_places(self, groups: Groups) -> Groups:
+        """Positions in ``mesh.devices.flat`` of the places that the program numbers."""
+        return tuple(tuple(self.places[list(group)].tolist()) for group in groups)
+
+    def axes(self, positions: Groups, *, product: bool) -> tuple[tuple[str, ...], bool]:
         """Axes along which members of a group differ; and whether they are only part of those.
 
         ``product=False`` for the pairs of a permutation, which never fill their axes.
         """
         differs = np.zeros(len(self.names), bool)
-        for group in groups:
-            points = self.coordinates[list(group)]
-            differs |= (points != points[:1]).any(axis=0)
+        for group in positions:
+            points = np.stack(np.unravel_index(list(group), self.sizes))
+            differs |= (points != points[:, :1]).any(axis=1)
         axes = tuple(name for name, d in zip(self.names, differs, strict=True) if d)
         full = math.prod(s for s, d in zip(self.sizes, differs, strict=True) if d)
-        return axes, product and any(len(group) != full for group in groups)
+        return axes, product and any(len(group) != full for group in positions)
