@@ -10,6 +10,7 @@ import optax
 from jdml.aggregate.mean_gradients import exchange_mean
 from jdml.communicate import Wire, per_worker
 from jdml.communicate.codecs import Codec
+from jdml.communicate.collectives.all_reduce import check_exchange
 from jdml.communicate.error_feedback import ErrorFeedback
 
 PyTree = Any
@@ -19,14 +20,14 @@ class AverageParamsState(NamedTuple):
     """State of :func:`average_params`.
 
     Attributes:
-      count: int32, local steps taken; a round ends when it is a multiple of ``every``.
+      steps: int32, local steps taken; a round ends when it is a multiple of ``every``.
       anchor: The parameters after the last round, the same on every worker; ``()`` when the plain
         exact mean needs none.
       outer: State of the outer optimiser, the same on every worker; ``()`` without one.
       residual: What error feedback still owes, per worker; ``()`` without it.
     """
 
-    count: jax.Array
+    steps: jax.Array
     anchor: PyTree
     outer: Any
     residual: PyTree
@@ -51,10 +52,11 @@ def average_params(
       every: Number H >= 1 of local steps per round.
       outer: Optax optimiser for the anchor, fed ``d`` as its gradient.
       codec: ``None`` for the exact mean, a codec, or ``error_feedback(codec)``.
-      topology: See :func:`jdml.communicate.all_reduce_mean`; the same bytes, once in ``every`` steps.
+      topology: See :func:`jdml.communicate.all_reduce_mean`; the same bytes, once in ``every``
+      steps.
 
-    State kept: the workers' own models; with ``outer`` or ``codec`` one more copy of the parameters,
-    shared; with error feedback an f32 residual per worker.
+    State kept: the workers' own models; with ``outer`` or ``codec`` one more copy of the
+    parameters, shared; with error feedback an f32 residual per worker.
 
     Raises:
       ValueError: ``every`` is not an int >= 1.
@@ -67,13 +69,14 @@ def average_params(
             f"average_params(every={every!r}): expected an int >= 1, the number of local steps "
             "between exchanges; 1 averages after every step."
         )
+    check_exchange("average_params", axis, codec, topology)
     anchored = outer is not None or codec is not None
     feedback = isinstance(codec, ErrorFeedback)
     optimizer = None if outer is None else optax.with_extra_args_support(outer)
 
     def init(params: PyTree) -> AverageParamsState:
         return AverageParamsState(
-            count=jnp.zeros((), jnp.int32),
+            steps=jnp.zeros((), jnp.int32),
             # A copy: the parameters' own buffers are donated.
             anchor=jax.tree.map(jnp.copy, params) if anchored else (),
             outer=() if optimizer is None else optimizer.init(params),
@@ -94,7 +97,7 @@ def average_params(
             raise ValueError(
                 "average_params needs the parameters: call tx.update(updates, state, params)."
             )
-        count = optax.safe_increment(state.count)
+        steps: jax.Array = optax.safe_increment(state.steps)
 
         def exchange() -> tuple[PyTree, PyTree, Any, PyTree]:
             moved = optax.apply_updates(params, updates)
@@ -124,9 +127,9 @@ def average_params(
         if every == 1:
             moves, *rest = exchange()
         else:
-            due = count % every == 0
+            due = steps % every == 0
             moves, *rest = jax.lax.cond(due, lambda: typed(exchange), lambda: typed(alone))
-        return moves, AverageParamsState(count, *rest)
+        return moves, AverageParamsState(steps, *rest)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

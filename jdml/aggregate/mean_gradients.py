@@ -8,6 +8,7 @@ import optax
 
 from jdml.communicate import Wire, all_reduce_mean, on_shards
 from jdml.communicate.codecs import Codec
+from jdml.communicate.collectives.all_reduce import check_exchange
 from jdml.communicate.error_feedback import ErrorFeedback
 
 PyTree = Any
@@ -26,7 +27,8 @@ def mean_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each worker's gradient with the mean over the workers.
 
-    ``g <- (1/K) sum_k g_k``, first in the chain: ``optax.chain(mean_gradients("data"), optax.adamw(...))``.
+    ``g <- (1/K) sum_k g_k``, first in the chain: ``optax.chain(mean_gradients("data"),
+    optax.adamw(...))``.
 
     Args:
       axis: The worker axis. ``update`` runs inside a ``shard_map`` in which it is manual.
@@ -35,8 +37,12 @@ def mean_gradients(
 
     State kept: with error feedback one f32 residual per worker, of the gradients' size; else none.
 
+    Raises:
+      ValueError: ``codec`` or ``topology`` is not one.
+
     Reference: Chen et al., "Revisiting Distributed Synchronous SGD", 2016.
     """
+    check_exchange("mean_gradients", axis, codec, topology)
     feedback = isinstance(codec, ErrorFeedback)
 
     def init(params: PyTree) -> MeanGradientsState:

@@ -36,7 +36,7 @@ def error_feedback(codec: Codec, two_sided: bool = True) -> ErrorFeedback:
       codec: Any codec, biased or not.
       two_sided: Whether the owner of a chunk keeps the error of its own compression.
 
-    Reference: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019 (why it converges); Tang et al.
-    2019 (DoubleSqueeze) and Zheng et al. 2019 (two-sided).
+    Reference: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019 (why it converges); Tang et
+    al. 2019 (DoubleSqueeze) and Zheng et al. 2019 (two-sided).
     """
     return ErrorFeedback(codec, two_sided)

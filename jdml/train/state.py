@@ -29,11 +29,11 @@ class TrainState(NamedTuple):
       key: Typed PRNG key ``[]`` from which each step's keys are derived.
     """
 
-    step: jax.Array
+    step: Any
     params: PyTree
     opt_state: PyTree
     model_state: PyTree
-    key: jax.Array
+    key: Any
 
 
 class WorkerRegion(NamedTuple):
@@ -138,11 +138,11 @@ def find_storage(
 
 def _check_stable(before: PyTree, after: PyTree) -> None:
     for name, old, new in zip(("params", "opt_state"), before, after, strict=True):
-        if jax.tree.structure(old) != jax.tree.structure(new):
+        structures: list[Any] = [jax.tree.structure(old), jax.tree.structure(new)]
+        if structures[0] != structures[1]:
             raise ValueError(
-                f"The transformation's update changed the structure of {name}: "
-                f"{jax.tree.structure(old)} before, {jax.tree.structure(new)} after. Its state must "
-                "keep one structure."
+                f"The transformation's update changed the structure of {name}: {structures[0]} "
+                f"before, {structures[1]} after. Its state must keep one structure."
             )
         for (path, x), (_, y) in zip(leaves_with_paths(old), leaves_with_paths(new), strict=True):
             if (x.shape, x.dtype) != (y.shape, y.dtype):

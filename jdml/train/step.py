@@ -1,7 +1,7 @@
 """One training step over a mesh: gradients per worker, then an Optax chain that may exchange.
 
-1. ``vmap(value_and_grad(loss), spmd_axis_name=workers)`` over a worker dim of the batch; every other
-   mesh axis stays automatic.
+1. ``vmap(value_and_grad(loss), spmd_axis_name=workers)`` over a worker dim of the batch; every
+   other mesh axis stays automatic.
 2. The chain's ``update`` in a ``shard_map`` that is manual over the worker axis alone.
 3. Collectives open one more region, manual over the other axes (``jdml.communicate.on_shards``).
 4. JAX's types say which leaves of the new state are per worker (``jdml.train.state``).
@@ -20,10 +20,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jdml.communicate import Wire
 from jdml.sharding import Rules, optimizer_specs, use_rules
 from jdml.sharding.paths import leaves_with_paths
+from jdml.train.gradients import Metrics, gradients_of
 from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shapes, strong
+from jdml.train.validate import (
+    check_arguments,
+    check_batch,
+    check_params,
+    check_specs,
+    spec_leaves,
+)
 
 PyTree = Any
-Metrics = dict[str, jax.Array]
 
 
 class Step(NamedTuple):
@@ -48,12 +55,13 @@ def make_step(
     """Builds ``init`` and ``step`` of a distributed training run; both are compiled once.
 
     ``init(params, key) -> TrainState``; ``step(state, batch) -> (state, metrics)`` with the state
-    donated. ``metrics`` holds ``"loss"`` and whatever ``loss_fn`` returns, as means over the workers.
+    donated. ``metrics`` holds ``"loss"`` and whatever ``loss_fn`` returns, as means over the
+    workers.
 
     Args:
-      loss_fn: ``(params, batch, key) -> (loss, metrics)`` on one worker's samples: a float scalar and
-        a dict of arrays (or ``{}``). With ``model_state``: ``(params, model_state, batch, key) ->
-        (loss, (metrics, new model_state))``. The key differs by worker, step and micro-batch.
+      loss_fn: ``(params, batch, key) -> (loss, metrics)`` on one worker's samples: a float scalar
+        and a dict of arrays (or ``{}``). With ``model_state``: ``(params, model_state, batch, key)
+        -> (loss, (metrics, new model_state))``. The key differs by worker, step and micro-batch.
       tx: An Optax chain; transformations of ``jdml.aggregate`` in it decide what the workers tell
         each other. With none of them each worker trains a model of its own.
       mesh: Mesh with ``Auto`` axes (``jdml.sharding.make_mesh``).
@@ -72,10 +80,10 @@ def make_step(
       shardings without making it (to restore into); ``step.lower(state, batch)`` is ``jax.jit``'s.
 
     Raises:
-      ValueError: before anything is compiled: an axis that the mesh lacks, specs that use the worker
-        axis, parameters that are not floating, a batch that the workers do not divide.
+      ValueError: before anything is compiled: an axis that the mesh lacks, specs that use the
+        worker axis, parameters that are not floating, a batch that the workers do not divide.
     """
-    _check_arguments(mesh, workers, batch_axes, accumulate, model_state)
+    check_arguments(mesh, workers, batch_axes, accumulate, model_state)
     program = _Program(
         loss_fn, tx, mesh, workers, specs, rules, tuple(batch_axes), accumulate, model_state
     )
@@ -109,7 +117,8 @@ class Init:
     def abstract(
         self, params: PyTree, key: jax.Array | int = 0, model_state: PyTree = ()
     ) -> TrainState:
-        """The state's ``ShapeDtypeStruct``s with shardings; also readies ``step`` for such a state."""
+        """The state's ``ShapeDtypeStruct``s with shardings; also readies ``step`` for such a "
+        "state."""
         abstract = self._program.plan(params, _typed_key(key), model_state)
         self._step._ready(abstract)
         return abstract
@@ -121,7 +130,7 @@ class TrainStep:
     def __init__(self, program: "_Program") -> None:
         self._program = program
         self._jitted: Any = None
-        self._abstract: TrainState | None = None
+        self._signature: Any = None
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         if self._jitted is None:
@@ -135,13 +144,15 @@ class TrainStep:
         return self._jitted.lower(state, batch)
 
     def consensus(self, state: TrainState) -> tuple[PyTree, PyTree]:
-        """``(params, model_state)`` without worker dims: the mean over the workers where they differ."""
+        """``(params, model_state)`` without worker dims: the mean over the workers where they "
+        "differ."""
         return self._program.consensus(state)
 
     def _ready(self, abstract: TrainState) -> None:
-        if abstract == self._abstract:
+        signature = jax.tree.flatten(abstract)
+        if signature == self._signature:
             return
-        self._abstract = abstract
+        self._signature = signature
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         self._jitted = jax.jit(
             self._program.step,
@@ -184,7 +195,7 @@ class _Program:
 
     def plan(self, params: PyTree, key: jax.Array, model_state: PyTree) -> TrainState:
         """Finds out where every leaf lives; returns the abstract state with shardings."""
-        _check_params(params)
+        check_params(params)
         if (self.model_state is None) != (not jax.tree.leaves(model_state)):
             raise ValueError(
                 f"make_step(model_state={self.model_state!r}) but init got "
@@ -194,11 +205,11 @@ class _Program:
         self.param_specs = (
             jax.tree.map(_spec_of_array, params) if self.specs is None else self.specs
         )
-        _check_specs(params, self.param_specs, self.mesh, self.workers)
+        check_specs(params, self.param_specs, self.mesh, self.workers)
         self._wire_specs = tuple(
             (path, spec)
             for (path, _), spec in zip(
-                leaves_with_paths(params), _spec_leaves(self.param_specs), strict=True
+                leaves_with_paths(params), spec_leaves(self.param_specs), strict=True
             )
         )
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -238,7 +249,7 @@ class _Program:
                 ),
             )
             for x, spec, flag in zip(
-                leaves, _spec_leaves(state_specs), jax.tree.leaves(self.flags), strict=True
+                leaves, spec_leaves(state_specs), jax.tree.leaves(self.flags), strict=True
             )
         ]
         return jax.tree.unflatten(treedef, placed)
@@ -277,13 +288,14 @@ class _Program:
             return jax.tree.map(lambda flag: 0 if flag else None, flags)
 
         per_worker_gradients = jax.vmap(
-            self.gradients,
+            gradients_of(self.loss_fn, self.accumulate, self.model_state is not None),
             in_axes=(axes(flags.params), axes(flags.model_state), 0, 0),
             spmd_axis_name=self.workers,
         )
-        gradients, losses, metrics, model_state = per_worker_gradients(
-            state.params, state.model_state, self.split_batch(batch), worker_keys
-        )
+        with self.rules_context():
+            gradients, losses, metrics, model_state = per_worker_gradients(
+                state.params, state.model_state, self.split_batch(batch), worker_keys
+            )
         gradients = jax.tree.map(
             lambda g, spec: self.constrain(g, PartitionSpec(self.workers, *spec)),
             gradients,
@@ -312,63 +324,10 @@ class _Program:
         updates, opt_state = self.tx.update(gradients, opt_state, params, wire=wire, value=loss)
         return strong(optax.apply_updates(params, updates)), strong(opt_state)
 
-    def gradients(
-        self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
-    ) -> tuple[PyTree, jax.Array, Metrics, PyTree]:
-        """Mean gradient, loss and metrics of one worker's samples, over its micro-batches."""
-
-        def objective(params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array) -> Any:
-            if self.model_state is None:
-                loss, metrics = self.loss_fn(params, batch, key)
-            else:
-                loss, (metrics, model_state) = self.loss_fn(params, model_state, batch, key)
-            _check_loss(loss, metrics)
-            return loss, (metrics, model_state)
-
-        context = (
-            contextlib.nullcontext()
-            if self.rules is None
-            else use_rules(self.mesh, self.rules, hide=(self.workers,))
-        )
-        value_and_grad = jax.value_and_grad(objective, has_aux=True)
-        with context:
-            if self.accumulate == 1:
-                (loss, (metrics, model_state)), gradients = value_and_grad(
-                    params, model_state, batch, key
-                )
-                return gradients, loss, metrics, model_state
-
-            def micro_step(carry: PyTree, x: PyTree) -> tuple[PyTree, None]:
-                totals, model_state = carry
-                micro_batch, i = x
-                (loss, (metrics, model_state)), gradients = value_and_grad(
-                    params, model_state, micro_batch, jax.random.fold_in(key, i)
-                )
-                share = jax.tree.map(_as_total, (gradients, loss, metrics))
-                return (jax.tree.map(jnp.add, totals, share), model_state), None
-
-            first = jax.tree.map(lambda x: x[0], batch)
-            shapes = jax.eval_shape(value_and_grad, params, model_state, first, key)
-            (loss_shape, (metrics_shape, _)), gradients_shape = shapes
-            outputs = (gradients_shape, loss_shape, metrics_shape)
-            zeros = jax.tree.map(lambda s: _as_total(jnp.zeros(s.shape, s.dtype)), outputs)
-            (totals, model_state), _ = jax.lax.scan(
-                micro_step, (zeros, model_state), (batch, jnp.arange(self.accumulate))
-            )
-        means = jax.tree.map(
-            lambda total, s: (total / self.accumulate).astype(
-                s.dtype if jnp.issubdtype(s.dtype, jnp.floating) else total.dtype
-            ),
-            totals,
-            outputs,
-        )
-        gradients, loss, metrics = means
-        return gradients, loss, metrics, model_state
-
     def split_batch(self, batch: PyTree) -> PyTree:
         """``[batch, ...]`` to ``[workers, (accumulate,) batch per worker, ...]``."""
         inner = math.prod(self.mesh.shape[a] for a in self.batch_axes)
-        _check_batch(batch, self.workers, self.num_workers, self.accumulate, self.batch_axes, inner)
+        check_batch(batch, self.workers, self.num_workers, self.accumulate, self.batch_axes, inner)
 
         def split(x: jax.Array) -> jax.Array:
             x = jnp.asarray(x)
@@ -391,6 +350,12 @@ class _Program:
             return trees
         return _consensus(trees, tuple(jax.tree.leaves(flags)))
 
+    def rules_context(self) -> contextlib.AbstractContextManager[None]:
+        """The rules for ``constrain`` in the loss, where the worker axis is mapped already."""
+        if self.rules is None:
+            return contextlib.nullcontext()
+        return use_rules(self.mesh, self.rules, hide=(self.workers,))
+
     def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
@@ -411,11 +376,6 @@ def _mean_over_workers(x: jax.Array) -> jax.Array:
     return x[0]
 
 
-def _as_total(x: jax.Array) -> jax.Array:
-    """A term of a running sum, in f32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _typed_key(key: jax.Array | int) -> jax.Array:
     if isinstance(key, int):
         return jax.random.key(key)
@@ -424,122 +384,6 @@ def _typed_key(key: jax.Array | int) -> jax.Array:
     return key
 
 
-def _spec_leaves(specs: PyTree) -> list[PartitionSpec]:
-    return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
-
-
 def _spec_of_array(x: Any) -> PartitionSpec:
     sharding = getattr(x, "sharding", None)
     return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-
-
-def _check_arguments(
-    mesh: Mesh, workers: str, batch_axes: Sequence[str], accumulate: int, model_state: str | None
-) -> None:
-    for axis in (workers, *batch_axes):
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"make_step: the mesh has axes {mesh.axis_names}, not {axis!r}. Name one of them, "
-                f"or build the mesh with it: make_mesh({{{axis!r}: ..., ...}}). A size of 1 is fine."
-            )
-    if isinstance(batch_axes, str):
-        raise ValueError(
-            f"make_step: batch_axes={batch_axes!r} is a string; write ({batch_axes!r},)."
-        )
-    if workers in batch_axes:
-        raise ValueError(
-            f"make_step: batch_axes={tuple(batch_axes)} names the worker axis {workers!r}, over "
-            "which the batch is divided in any case. Leave it out."
-        )
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(
-            f"make_step: accumulate={accumulate!r}; expected an int >= 1, the number of micro-batches."
-        )
-    if model_state not in (None, "mean", "local"):
-        raise ValueError(
-            f"make_step: model_state={model_state!r}; expected None, 'mean' or 'local'."
-        )
-
-
-def _check_params(params: PyTree) -> None:
-    if not jax.tree.leaves(params):
-        raise ValueError("init: params has no leaves; expected a pytree of float arrays.")
-    for path, x in leaves_with_paths(params):
-        dtype = getattr(x, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"init: params leaf {path!r} is {type(x).__name__} of dtype {dtype}; expected a "
-                "float array. Pass what is not trained by gradients as model_state."
-            )
-
-
-def _check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: str) -> None:
-    named, spec_leaves = leaves_with_paths(params), _spec_leaves(specs)
-    if len(named) != len(spec_leaves):
-        raise ValueError(
-            f"make_step: specs has {len(spec_leaves)} leaves and params {len(named)}. Make them from "
-            "the same tree: specs(params, mesh, rules)."
-        )
-    for (path, x), spec in zip(named, spec_leaves, strict=True):
-        if len(spec) > x.ndim:
-            raise ValueError(
-                f"make_step: params leaf {path!r} has shape {x.shape} but its spec {spec} names "
-                f"{len(spec)} dims."
-            )
-        for dim, entry in enumerate(spec):
-            for axis in (entry,) if isinstance(entry, str) else (entry or ()):
-                if axis == workers:
-                    raise ValueError(
-                        f"make_step: params leaf {path!r}, dim {dim}, is sharded over the worker axis "
-                        f"{workers!r}. Each worker holds the whole model there: shard over another "
-                        "axis (make_mesh({'data': ..., 'fsdp': ...}))."
-                    )
-                if axis not in mesh.axis_names:
-                    raise ValueError(
-                        f"make_step: params leaf {path!r}, dim {dim}: the mesh has axes "
-                        f"{mesh.axis_names}, not {axis!r}."
-                    )
-
-
-def _check_loss(loss: Any, metrics: Any) -> None:
-    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise ValueError(
-            f"loss_fn returned a loss of dtype {jnp.result_type(loss)} and shape {jnp.shape(loss)}; "
-            "expected a float scalar, the mean over the worker's samples."
-        )
-    if not isinstance(metrics, dict):
-        raise ValueError(
-            f"loss_fn returned metrics of type {type(metrics).__name__}; expected a dict of arrays: "
-            "return loss, {}."
-        )
-    if "loss" in metrics:
-        raise ValueError(
-            "loss_fn: metrics has an entry 'loss', the name of the loss itself; rename it."
-        )
-
-
-def _check_batch(
-    batch: PyTree,
-    workers: str,
-    num_workers: int,
-    accumulate: int,
-    batch_axes: tuple[str, ...],
-    inner: int,
-) -> None:
-    divisor = num_workers * accumulate * inner
-    factors = f"{num_workers} workers on axis {workers!r}"
-    if accumulate > 1:
-        factors += f" × {accumulate} micro-batches"
-    if inner > 1:
-        factors += f" × {inner} devices on axes {batch_axes}"
-    if not jax.tree.leaves(batch):
-        raise ValueError("step: the batch has no leaves.")
-    for path, x in leaves_with_paths(batch):
-        shape = jnp.shape(x)
-        if not shape or shape[0] % divisor or not shape[0]:
-            size = shape[0] if shape else "none (a scalar)"
-            up = math.ceil((shape[0] if shape else 1) / divisor) * divisor or divisor
-            raise ValueError(
-                f"step: batch leaf {path!r} has shape {shape}; its dim 0 ({size}) is not a positive "
-                f"multiple of {divisor} = {factors}. Use {up} samples, or fewer workers."
-            )

@@ -68,7 +68,7 @@ def int8(block: int = 256) -> Int8:
 
     Bytes on the wire: ``1 + 4 / block`` per element (0.254 of f32 at ``block=256``).
 
-    Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022 (block-wise
-    absolute-maximum scaling; here with linear levels).
+    Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022
+    (block-wise absolute-maximum scaling; here with linear levels).
     """
     return Int8(block)

@@ -28,8 +28,8 @@ def all_reduce_mean(
     """The mean of ``x`` over a mesh axis, equal on every worker; inside ``shard_map``.
 
     Without a codec: the exact mean, accumulated in f32. With one, in two phases: the vector is cut
-    into one chunk per worker; (1) all-to-all of the encoded chunks, each worker averages the chunk it
-    owns in f32, its own share uncompressed; (2) all-gather of the encoded averages. Every worker
+    into one chunk per worker; (1) all-to-all of the encoded chunks, each worker averages the chunk
+    it owns in f32, its own share uncompressed; (2) all-gather of the encoded averages. Every worker
     decodes the same bytes, so the results are equal bit for bit. Small leaves share a vector.
 
     Args:
@@ -48,7 +48,8 @@ def all_reduce_mean(
       ValueError: a leaf is not floating; the axis is not bound; an argument is missing or unknown.
 
     Bytes each worker sends, K workers, d elements: exact ``2 (K-1)/K 4d`` (ring); with a codec
-    ``2 (K-1) c`` where c is ``codec.payload_bytes`` of a chunk of ``d / K``, padded to whole blocks.
+    ``2 (K-1) c`` where c is ``codec.payload_bytes`` of a chunk of ``d / K``, padded to whole
+    blocks.
     """
     num_workers = _check(x, axis, codec, topology, key, residual)
     feedback = isinstance(codec, ErrorFeedback)
@@ -82,6 +83,21 @@ def all_reduce_mean(
             rest = results[1] if results else jax.tree.leaves(residual)
     mean = jax.tree.unflatten(treedef, means)
     return (mean, jax.tree.unflatten(treedef, rest)) if feedback else mean
+
+
+def check_exchange(
+    name: str, axis: str, codec: Codec | ErrorFeedback | None, topology: str
+) -> None:
+    """Raises unless these can describe an all-reduce; ``name`` is the caller's, for the message."""
+    if not isinstance(axis, str):
+        raise ValueError(f"{name}: axis={axis!r}; expected the name of a mesh axis, a str.")
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"{name}: topology={topology!r} is not one of {TOPOLOGIES}.")
+    if not (codec is None or isinstance(codec, (Codec, ErrorFeedback))):
+        raise ValueError(
+            f"{name}: codec={codec!r} is not a codec. Expected None, a codec such as int8(), or "
+            "error_feedback(int8()); did you forget to call the factory?"
+        )
 
 
 def _exact_mean(x: jax.Array, axis: str) -> jax.Array:
@@ -138,19 +154,13 @@ def _check(
     residual: PyTree | None,
 ) -> int:
     """Raises on what cannot work; returns the number of workers."""
-    if topology not in TOPOLOGIES:
-        raise ValueError(f"all_reduce_mean: topology={topology!r} is not one of {TOPOLOGIES}.")
-    if not (codec is None or isinstance(codec, (Codec, ErrorFeedback))):
-        raise ValueError(
-            f"all_reduce_mean: codec={codec!r} is not a codec. Expected None, a codec such as "
-            "int8(), or error_feedback(int8()); did you forget to call the factory?"
-        )
+    check_exchange("all_reduce_mean", axis, codec, topology)
     for path, leaf in leaves_with_paths(x):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"all_reduce_mean: leaf {path!r} has dtype {dtype}; a mean is exchanged in floating "
-                "point. Cast it, or leave it out of the tree."
+                f"all_reduce_mean: leaf {path!r} has dtype {dtype}; a mean is exchanged in "
+                "floating point. Cast it, or leave it out of the tree."
             )
     inner = codec.codec if isinstance(codec, ErrorFeedback) else codec
     if inner is not None and inner.needs_key and key is None:
@@ -162,8 +172,8 @@ def _check(
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
         if residual is None or [jnp.shape(e) for e in jax.tree.leaves(residual)] != shapes:
             raise ValueError(
-                "all_reduce_mean: error feedback needs residual=, f32 and shaped like x; start from "
-                "zeros and pass the returned residual to the next round."
+                "all_reduce_mean: error feedback needs residual=, f32 and shaped like x; start "
+                "from zeros and pass the returned residual to the next round."
             )
     elif residual is not None:
         raise ValueError("all_reduce_mean: residual= is used only with codec=error_feedback(...).")
