@@ -1,19 +1,30 @@
 """Meshes, logical-axis rules, sharded creation, and a check that asked = obtained."""
 
+from jdml.sharding import presets
+from jdml.sharding.check import check, check_compiled
 from jdml.sharding.compiled import Collective, bytes_per_axis, collectives
 from jdml.sharding.constrain import constrain, no_mesh, use_rules
+from jdml.sharding.describe import Description, describe
+from jdml.sharding.draw import describe_mesh, show
 from jdml.sharding.mesh import make_mesh
-from jdml.sharding.optimizer import gradient_specs, optimizer_specs
+from jdml.sharding.optimizer import gradient_specs, optimizer_specs, zero_specs
 from jdml.sharding.place import init, lower_init, shard, shardings, unpad
 from jdml.sharding.rules import Rules, infer_fsdp
+from jdml.sharding.snapshot import assert_matches_snapshot
 from jdml.sharding.specs import specs
 
 __all__ = [
     "Collective",
+    "Description",
     "Rules",
+    "assert_matches_snapshot",
     "bytes_per_axis",
+    "check",
+    "check_compiled",
     "collectives",
     "constrain",
+    "describe",
+    "describe_mesh",
     "gradient_specs",
     "infer_fsdp",
     "init",
@@ -21,9 +32,12 @@ __all__ = [
     "make_mesh",
     "no_mesh",
     "optimizer_specs",
+    "presets",
     "shard",
     "shardings",
+    "show",
     "specs",
     "unpad",
     "use_rules",
+    "zero_specs",
 ]

@@ -40,6 +40,11 @@ def make_mesh(
     within = [sizes[name] // across[name] for name in names]
     num_slices = math.prod(across.values())
     if num_slices == 1:
+        if devices[0].platform == "tpu" and len(found := _groups(devices, "slice_index")) > 1:
+            raise ValueError(
+                f"make_mesh: the devices are in {len(found)} slices; say which axis crosses them, "
+                f"for example dcn={{{names[0]!r}: {len(found)}}}"
+            )
         grid = _arrange(within, devices)
     else:
         blocks = [_arrange(within, block) for block in _blocks(devices, num_slices)]
@@ -68,10 +73,11 @@ def _fill(shape: Mapping[str, int], num_devices: int) -> dict[str, int]:
     if free and num_devices % known == 0:
         sizes[free[0]] = num_devices // known
     elif known != num_devices or free:
-        what = "divide" if free else "multiply to"
+        what = "divide" if free else "be"
         raise ValueError(
-            f"make_mesh: sizes {dict(shape)} give {known}, which must {what} the {num_devices} "
-            "devices; change a size, let one axis be -1, or pass the devices to use as devices="
+            f"make_mesh: sizes {dict(shape)} multiply to {known}, which must {what} the number of "
+            f"devices, {num_devices}; change a size, let one axis be -1, or pass the devices to "
+            "use as devices="
         )
     return sizes
 
@@ -81,6 +87,8 @@ def _slices(sizes: Mapping[str, int], dcn: Mapping[str, int]) -> dict[str, int]:
     for name, count in dcn.items():
         if name not in sizes:
             raise ValueError(f"make_mesh: dcn axis {name!r} is not in the shape {dict(sizes)}")
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+            raise ValueError(f"make_mesh: dcn entry of {name!r} must be an int, got {count!r}")
         if count < 1 or sizes[name] % count:
             raise ValueError(
                 f"make_mesh: axis {name!r} has size {sizes[name]} and cannot span {count} slices; "
@@ -90,35 +98,41 @@ def _slices(sizes: Mapping[str, int], dcn: Mapping[str, int]) -> dict[str, int]:
 
 
 def _blocks(devices: list[Any], num_slices: int) -> list[list[Any]]:
-    """The devices of each slice."""
+    """The devices of each slice: real slices, else processes, else consecutive devices."""
     if len(devices) % num_slices:
-        raise ValueError(f"make_mesh: {len(devices)} devices do not make {num_slices} slices")
+        raise ValueError(f"make_mesh: {len(devices)} devices do not make {num_slices} equal slices")
     per_slice = len(devices) // num_slices
-    for attribute in ("slice_index", "process_index"):
-        groups: dict[int, list[Any]] = {}
-        for device in devices:
-            groups.setdefault(getattr(device, attribute, 0) or 0, []).append(device)
-        if len(groups) == 1:
-            continue
-        found = {index: len(group) for index, group in sorted(groups.items())}
-        if attribute == "slice_index" and set(found.values()) != {per_slice}:
-            raise ValueError(
-                f"make_mesh: dcn asks for {num_slices} slices of {per_slice} devices, but the "
-                f"devices say {attribute} → count {found}"
-            )
-        if per_slice % max(found.values()):
-            raise ValueError(
-                f"make_mesh: dcn asks for {num_slices} slices of {per_slice} devices, which cuts "
-                f"through a process ({attribute} → count {found})"
-            )
-        devices = [device for index in sorted(groups) for device in groups[index]]
-        break
-    return [devices[i : i + per_slice] for i in range(0, len(devices), per_slice)]
+    slices, processes = _groups(devices, "slice_index"), _groups(devices, "process_index")
+    if len(slices) > 1:
+        found, exact = slices, devices[0].platform == "tpu"
+    else:
+        found, exact = processes, False
+    sizes = {len(group) for group in found.values()}
+    fits = sizes == {per_slice} if exact else not any(per_slice % size for size in sizes)
+    if len(found) > 1 and not fits:
+        counts = {index: len(group) for index, group in found.items()}
+        raise ValueError(
+            f"make_mesh: dcn asks for {num_slices} slices of {per_slice} devices, but the devices "
+            f"come in {'slices' if found is slices else 'processes'} of {counts}; the product of "
+            f"the dcn entries should be {len(found)}"
+        )
+    ordered = [device for group in found.values() for device in group]
+    return [ordered[i : i + per_slice] for i in range(0, len(ordered), per_slice)]
+
+
+def _groups(devices: list[Any], attribute: str) -> dict[int, list[Any]]:
+    groups: dict[int, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, attribute, None) or 0, []).append(device)
+    return dict(sorted(groups.items()))
 
 
 def _arrange(shape: list[int], devices: list[Any]) -> np.ndarray:
     """The devices of one slice on a grid that suits their links."""
-    return np.asarray(mesh_utils.create_device_mesh(shape, devices=devices), dtype=object)
+    grid = mesh_utils.create_device_mesh(
+        shape, devices=devices, allow_split_physical_axes=devices[0].platform == "tpu"
+    )
+    return np.asarray(grid, dtype=object)
 
 
 def _nest(blocks: np.ndarray) -> Any:
