@@ -52,6 +52,7 @@ class Collective:
       loops: trip counts of the enclosing loops, outermost first; None where the text does not tell.
       conditional: stands in a branch, so that it may not run; counted as if it ran.
       asynchronous: split into start and done (counted once), so that work may overlap it.
+      between_slices: goes over the network between TPU slices, not over a slice's own links.
       name: the instruction, to find it in ``compiled.as_text()``.
     """
 
@@ -65,6 +66,7 @@ class Collective:
     loops: tuple[int | None, ...]
     conditional: bool
     asynchronous: bool
+    between_slices: bool
     name: str
 
     @property
@@ -100,7 +102,7 @@ class Collective:
 def collectives(
     compiled: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
 ) -> list[Collective]:
-    """List every collective of a compiled program, in the order of the text.
+    """List every collective of a compiled program, callees where they are called.
 
     Args:
       compiled: ``jax.jit(f).lower(...).compile()``, or its HLO text. CPU, GPU and TPU forms are
@@ -132,8 +134,10 @@ def bytes_per_axis(
 ) -> dict[tuple[str, ...] | None, int]:
     """Sum ``sent_bytes · count`` for each set of mesh axes: bytes one device sends per call.
 
-    Collectives in branches are counted as if every branch ran; leave out those with
-    ``conditional`` for the lower bound.
+    Collectives in branches are counted as if every branch ran (leave out those with
+    ``conditional`` for the lower bound), and permutations as if this device sent in each. A key
+    holds all axes of one exchange: the mean over data and fsdp at once is under
+    ``("data", "fsdp")``. Without a mesh everything is under None.
 
     Args:
       listed: what ``collectives`` returned, or a selection of it.
@@ -275,6 +279,7 @@ def _within(
         loops=loops,
         conditional=conditional,
         asynchronous=wrapped or this.opcode.endswith("-start") or _chain(this) is not None,
+        between_slices=False,
         name=this.name,
     )
 
@@ -308,6 +313,7 @@ def _between_slices(
         loops=loops,
         conditional=conditional,
         asynchronous=True,
+        between_slices=True,
         name=this.name,
     )
 

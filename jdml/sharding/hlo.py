@@ -160,13 +160,13 @@ def parse(text: str) -> Module:
 def calls(module: Module, frame: Frame) -> Iterator[tuple[Instruction, str, str]]:
     """``(instruction, computation, role)`` for every computation that the frame may run.
 
-    Roles: ``"body"`` and ``"condition"`` of a loop, ``"branch"``, ``"fusion"``, ``"call"``.
+    Roles: ``"condition"`` and ``"body"`` of a loop, ``"branch"``, ``"fusion"``, ``"call"``.
     Computations applied to single elements (``to_apply`` of a reduction) are left out.
     """
     for this in frame.computation.instructions.values():
         keys: dict[str, tuple[str, ...]]
         if this.opcode == "while":
-            keys = {"body": ("body",), "condition": ("condition",)}
+            keys = {"condition": ("condition",), "body": ("body",)}
         elif this.opcode == "conditional":
             keys = {"branch": ("branch_computations", "true_computation", "false_computation")}
         elif this.opcode == "fusion":
