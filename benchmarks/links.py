@@ -132,8 +132,8 @@ def report(options: Options, measured: dict[str, Measured]) -> tuple[Table, bool
         title=f"Mean of {megabytes:.1f} MB f32 over {options.num_workers} processes, {speed} links",
         caption=_machine(),
     )
-    table.add_column("method")
-    for heading in ("MB sent / worker", "ratio", "s / round", "ratio", "relative error"):
+    table.add_column("method", no_wrap=True)
+    for heading in ("MB / worker", "ratio", "s / round", "ratio", "rel. error"):
         table.add_column(heading, justify="right")
     exact, met = measured["exact"], False
     for name, m in measured.items():

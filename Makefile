@@ -1,0 +1,69 @@
+# Needs make and a Python >= 3.11 with venv; the first use of a target installs what it needs.
+#   make train [ARGS="--steps 500"] [PYTHON=python3.12]
+
+PYTHON ?= python3
+ARGS ?=
+
+# One environment per Python version, so that two of them live side by side.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv-$(VERSION)
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help train test lint bench clean
+
+help:
+	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
+	@echo 'make test    lint, type check and all tests'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make bench   the benchmarks; the one over rate-limited links needs root on Linux'
+	@echo 'make clean   remove environments and caches; keeps runs/'
+	@echo 'Options: PYTHON=python3.12 picks the interpreter; ARGS="..." goes to the program that'
+	@echo 'is run (make train ARGS=--help lists the options of training).'
+
+train: $(VENV)/installed-plots
+	$(BIN)/python experiments/train_lm/run.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.links $(ARGS)
+
+clean:
+	rm -rf .venv-*/ .cache build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(check_python)
+	$(PYTHON) -m venv --clear $(VENV)
+
+# Done again when pyproject.toml or the interpreter is newer. An environment without pip is one
+# whose making was interrupted.
+$(VENV)/installed-%: pyproject.toml $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@
+
+define check_python
+command -v $(PYTHON) >/dev/null || { \
+	echo '$(PYTHON): not found. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python'; \
+	exit 1; }; \
+$(PYTHON) -c 'import sys' || { \
+	echo '$(PYTHON) does not start. Name another: make PYTHON=/path/to/python'; \
+	exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "jdml needs Python 3.11 or newer; $(PYTHON) is $(VERSION)." \
+	     "Name another: make PYTHON=python3.12"; \
+	exit 1; }; \
+$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	echo "$(PYTHON) has no venv module (Debian, Ubuntu: apt install python$(VERSION)-venv)." \
+	     "Install it, or name another: make PYTHON=/path/to/python"; \
+	exit 1; }
+endef
