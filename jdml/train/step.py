@@ -202,10 +202,8 @@ class _Program:
                 f"{len(jax.tree.leaves(model_state))} leaves of model state. Give both or neither: "
                 "'mean' or 'local' to make_step, and the initial state to init."
             )
-        self.param_specs = (
-            jax.tree.map(_spec_of_array, params) if self.specs is None else self.specs
-        )
-        check_specs(params, self.param_specs, self.mesh, self.workers)
+        given = jax.tree.map(_spec_of_array, params) if self.specs is None else self.specs
+        self.param_specs = check_specs(params, given, self.mesh, self.workers)
         self._wire_specs = tuple(
             (path, spec)
             for (path, _), spec in zip(

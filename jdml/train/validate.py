@@ -15,13 +15,17 @@ PyTree = Any
 
 def spec_leaves(specs: PyTree) -> list[PartitionSpec]:
     """The ``PartitionSpec``s of a tree, each one a leaf."""
-    return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.leaves(specs, is_leaf=_is_spec)
 
 
 def check_arguments(
     mesh: Mesh, workers: str, batch_axes: Sequence[str], accumulate: int, model_state: str | None
 ) -> None:
     """Checks what ``make_step`` was given besides functions and specs."""
+    if isinstance(batch_axes, str):
+        raise ValueError(
+            f"make_step: batch_axes={batch_axes!r} is a string; write ({batch_axes!r},)."
+        )
     for axis in (workers, *batch_axes):
         if axis not in mesh.axis_names:
             raise ValueError(
@@ -29,10 +33,6 @@ def check_arguments(
                 f"or build the mesh with it: make_mesh({{{axis!r}: ..., ...}}). A size of 1 is "
                 "fine."
             )
-    if isinstance(batch_axes, str):
-        raise ValueError(
-            f"make_step: batch_axes={batch_axes!r} is a string; write ({batch_axes!r},)."
-        )
     if workers in batch_axes:
         raise ValueError(
             f"make_step: batch_axes={tuple(batch_axes)} names the worker axis {workers!r}, over "
@@ -62,15 +62,24 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: str) -> None:
-    """One spec per parameter, over axes of the mesh other than the workers'."""
+def check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: str) -> PyTree:
+    """The specs in the structure of ``params``: one each, over axes other than the workers'.
+
+    Boxes (Linen's metadata, NNX's variables) may differ between the two; leaf paths may not.
+    """
     named, found = leaves_with_paths(params), spec_leaves(specs)
     if len(named) != len(found):
         raise ValueError(
             f"make_step: specs has {len(found)} leaves and params {len(named)}. Make them from "
             "the same tree: specs(params, mesh, rules)."
         )
-    for (path, x), spec in zip(named, found, strict=True):
+    spec_paths = [path for path, _ in leaves_with_paths(specs, is_leaf=_is_spec)]
+    for (path, x), spec, spec_path in zip(named, found, spec_paths, strict=True):
+        if path != spec_path:
+            raise ValueError(
+                f"make_step: specs has a leaf {spec_path!r} where params has {path!r}. Make them "
+                "from the same tree: specs(params, mesh, rules)."
+            )
         if len(spec) > x.ndim:
             raise ValueError(
                 f"make_step: params leaf {path!r} has shape {x.shape} but its spec {spec} names "
@@ -89,6 +98,11 @@ def check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: str) -> None
                         f"make_step: params leaf {path!r}, dim {dim}: the mesh has axes "
                         f"{mesh.axis_names}, not {axis!r}."
                     )
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def check_loss(loss: Any, metrics: Any) -> None:

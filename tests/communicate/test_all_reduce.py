@@ -28,9 +28,7 @@ def run(mesh, x, codec=None, residual=None, check_vma=True):
         return mean, jax.tree.map(lambda a: a[None], rest)
 
     out_specs = (P(), P("data"))
-    f = jax.shard_map(
-        body, mesh=mesh, in_specs=P("data"), out_specs=out_specs, check_vma=check_vma
-    )
+    f = jax.shard_map(body, mesh=mesh, in_specs=P("data"), out_specs=out_specs, check_vma=check_vma)
     return jax.jit(f)(x, residual)
 
 

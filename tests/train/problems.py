@@ -75,7 +75,7 @@ def linen_problem(mesh) -> Problem:
 
     params = init(make, mesh, rules)
     return Problem(
-        nn.meta.unbox(params),
+        params,
         specs(params, mesh, rules),
         lambda p, batch, key: mse(model.apply({"params": p}, batch["x"]), batch),
     )

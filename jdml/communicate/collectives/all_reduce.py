@@ -75,12 +75,8 @@ def all_reduce_mean(
 
         trees = [leaves, jax.tree.leaves(residual)] if feedback else [leaves]
         results = map_in_buckets(exchange, trees, inner.granularity)
-        means = [
-            m.astype(leaf.dtype)
-            for m, leaf in zip(results[0] if results else leaves, leaves, strict=True)
-        ]
-        if feedback:
-            rest = results[1] if results else jax.tree.leaves(residual)
+        means = [m.astype(leaf.dtype) for m, leaf in zip(results[0], leaves, strict=True)]
+        rest = results[-1]
     mean = jax.tree.unflatten(treedef, means)
     return (mean, jax.tree.unflatten(treedef, rest)) if feedback else mean
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +18,24 @@ def map_in_buckets(
     granularity: int,
     bucket_elements: int = BUCKET_ELEMENTS,
 ) -> tuple[list[jax.Array], ...]:
-    """Applies an elementwise-shaped exchange to leaves joined into 1-D f32 vectors.
+    """Applies a function of vectors to leaves joined into 1-D f32 vectors.
 
     Args:
-      exchange: Takes the bucket's index and one f32 vector per entry of ``trees``; returns a tuple
-        of f32 vectors of the same length.
+      exchange: Takes the bucket's index and one f32 vector per entry of ``trees``; returns as many
+        of the same length.
       trees: Lists of leaves, equal in shape from list to list.
       granularity: Each leaf starts at a multiple of this, so that no block holds two leaves.
       bucket_elements: Greatest length of a bucket that holds more than one leaf.
 
     Returns:
-      One list of f32 leaves per vector that ``exchange`` returned.
+      As many lists of f32 leaves; an empty leaf comes back empty.
     """
-    outputs: list[list[Any]] = []
+    outputs = [[jnp.zeros(x.shape, jnp.float32) for x in leaves] for leaves in trees]
     for number, members in enumerate(_plan(trees, granularity, bucket_elements)):
         vectors = [
             jnp.concatenate([_padded(leaves[i], granularity) for i in members]) for leaves in trees
         ]
         results = exchange(number, *vectors)
-        if not outputs:
-            outputs = [list(trees[0]) for _ in results]  # empty leaves pass through
         for out, vector in zip(outputs, results, strict=True):
             start = 0
             for i in members:
