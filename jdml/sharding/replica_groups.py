@@ -177,7 +177,8 @@ class Places:
                 f"expected a mesh of {num_devices} devices, as many as the program runs on, got "
                 f"{dict(zip(self.names, self.sizes, strict=True))} = {places.size}"
             )
-        self.places = places
+        self.places = places.tolist()
+        self._known: dict[tuple[Groups, bool], tuple[tuple[str, ...], bool]] = {}
         self.by_id = {device.id: i for i, device in enumerate(devices or [])}
 
     def of_ids(self, ids: Groups) -> Groups:
@@ -188,17 +189,20 @@ class Places:
 
     def of_places(self, groups: Groups) -> Groups:
         """Positions in ``mesh.devices.flat`` of the places that the program numbers."""
-        return tuple(tuple(self.places[list(group)].tolist()) for group in groups)
+        return tuple(tuple(self.places[i] for i in group) for group in groups)
 
     def axes(self, positions: Groups, *, product: bool) -> tuple[tuple[str, ...], bool]:
         """Axes along which members of a group differ; and whether they are only part of those.
 
         ``product=False`` for the pairs of a permutation, which never fill their axes.
         """
-        differs = np.zeros(len(self.names), bool)
-        for group in positions:
-            points = np.stack(np.unravel_index(list(group), self.sizes))
-            differs |= (points != points[:, :1]).any(axis=1)
-        axes = tuple(name for name, d in zip(self.names, differs, strict=True) if d)
-        full = math.prod(s for s, d in zip(self.sizes, differs, strict=True) if d)
-        return axes, product and any(len(group) != full for group in positions)
+        if (positions, product) not in self._known:  # a step repeats few groups many times
+            differs = np.zeros(len(self.names), bool)
+            for group in positions:
+                points = np.stack(np.unravel_index(list(group), self.sizes))
+                differs |= (points != points[:, :1]).any(axis=1)
+            axes = tuple(name for name, d in zip(self.names, differs, strict=True) if d)
+            full = math.prod(s for s, d in zip(self.sizes, differs, strict=True) if d)
+            partial = product and any(len(group) != full for group in positions)
+            self._known[positions, product] = axes, partial
+        return self._known[positions, product]

@@ -505,8 +505,22 @@ def test_tpu_ring_through_two_slices():
     assert (inside.axes, inside.between_slices, inside.groups[0]) == (("d",), False, (0, 4))
 
 
+@pytest.fixture
+def no_compilation_cache():
+    """A program for TPU cannot be read back from the cache without one."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once, then remembers
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.tpu_compile
-def test_compile_for_tpu(monkeypatch, tmp_path):
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_compile_for_tpu(monkeypatch):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
     from jax.experimental import topologies
 
