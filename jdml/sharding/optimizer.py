@@ -23,6 +23,8 @@ from jdml.sharding.rules import OnIndivisible, entry_of
 PyTree = Any
 Zero = Literal[0, 1, 2]
 
+_WHOLE = P()
+
 
 def optimizer_specs(
     opt_state: PyTree,
@@ -93,8 +95,13 @@ def zero_specs(
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-def specs_like(tree: PyTree, params: PyTree, param_specs: PyTree) -> PyTree:
-    """Specs for a tree whose leaves mirror parameters, found by path suffix and shape."""
+def specs_like(
+    tree: PyTree, params: PyTree, param_specs: PyTree, unmatched: Any = _WHOLE
+) -> PyTree:
+    """Specs for a tree whose leaves mirror parameters, found by path suffix and shape.
+
+    ``unmatched`` is given to leaves whose path ends in no parameter's.
+    """
     params, tree = as_pytree(params), as_pytree(tree)
     known = {
         tuple(path.split("/")): (shape_of(leaf), spec)
@@ -108,7 +115,7 @@ def specs_like(tree: PyTree, params: PyTree, param_specs: PyTree) -> PyTree:
         parts = tuple(path.split("/"))
         suffixes = (parts[start:] for start in range(len(parts)))
         match = next((known[suffix] for suffix in suffixes if suffix in known), root)
-        found.append(P() if match is None else _like(shape_of(leaf), *match))
+        found.append(unmatched if match is None else _like(shape_of(leaf), *match))
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 

@@ -24,10 +24,12 @@ from jax.sharding import PartitionSpec as P
 
 from jdml.sharding.fit import AnyMesh, Note, fit, log_notes, require_auto, shape_of
 from jdml.sharding.optimizer import specs_like
-from jdml.sharding.paths import as_pytree, leaves_with_paths
+from jdml.sharding.paths import as_pytree, leaves_with_paths, path_str
 from jdml.sharding.rules import Names, OnIndivisible, Rules, entry_of, valid_policy
 
 PyTree = Any
+
+_NO_MATCH = object()
 
 
 class Plan(NamedTuple):
@@ -83,11 +85,16 @@ def plan(
     children, treedef = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is not tree
     )
-    # Whatever else mirrors the parameters (averages of them, say) is laid out like them too.
-    found = [
-        param_specs if child is params else specs_like(child, params, param_specs)
-        for _, child in children
-    ]
+    found = []
+    for path, child in children:
+        prefix = f"{path_str(path)}/"
+        if child is params:
+            found.append(param_specs)
+        elif prefix == "opt_state/":
+            found.append(specs_like(child, params, param_specs))
+        else:  # what mirrors the parameters (an average of them, say) is laid out like them
+            mirrored = jax.tree.leaves(specs_like(child, params, param_specs, _NO_MATCH))
+            found.append(_resolve(child, mesh, rules, notes, prefix, mirrored))
     return Plan(jax.tree.unflatten(treedef, found), tuple(notes))
 
 
@@ -106,11 +113,19 @@ def named_leaves(tree: PyTree) -> list[Leaf]:
 
 
 def _resolve(
-    tree: PyTree, mesh: AnyMesh, rules: Rules, notes: list[Note], prefix: str = ""
+    tree: PyTree,
+    mesh: AnyMesh,
+    rules: Rules,
+    notes: list[Note],
+    prefix: str = "",
+    mirrored: list[Any] | None = None,
 ) -> PyTree:
+    leaves = [Leaf(prefix + path, value, names) for path, value, names in named_leaves(tree)]
     found = [
-        _leaf_spec(Leaf(prefix + path, value, names), mesh, rules, notes)
-        for path, value, names in named_leaves(tree)
+        known
+        if known is not _NO_MATCH and leaf.names is None
+        else _leaf_spec(leaf, mesh, rules, notes)
+        for leaf, known in zip(leaves, mirrored or [_NO_MATCH] * len(leaves), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
