@@ -77,7 +77,6 @@ def test_wheel_names_the_licence_and_the_python(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 
 
-@pytest.mark.slow
 def test_imports_from_another_folder(python, tmp_path):
     script = (
         "import sys, jdml, jdml.sharding, jdml.models, jdml.communicate, jdml.aggregate\n"
