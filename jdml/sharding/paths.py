@@ -43,7 +43,8 @@ def broadcast_specs(specs: PyTree, tree: PyTree, what: str = "specs") -> list[An
     """One spec per leaf of the tree, in its order.
 
     Args:
-      specs: the tree's structure, or a prefix of it: one spec (or None) stands for a whole subtree.
+      specs: the tree's structure, or a prefix of it: one spec (or None) stands for a whole subtree;
+        or the tree's leaf paths in other containers, as an unboxed dict for an NNX state.
       tree: arrays, abstract arrays, shardings: anything with leaves.
       what: how messages call the specs.
 
@@ -57,14 +58,17 @@ def broadcast_specs(specs: PyTree, tree: PyTree, what: str = "specs") -> list[An
 
     try:
         jax.tree.map(spread, specs, tree, is_leaf=_is_spec)
-    except ValueError as error:
-        asked = {path for path, _ in leaves_with_paths(specs, is_leaf=_is_spec)}
-        have = {path for path, _ in leaves_with_paths(tree)}
-        raise ValueError(
-            f"{what} must have the structure of the tree, or be a prefix of it. Only in {what}: "
-            f"{_some(asked - have)}; only in the tree: {_some(have - asked)}"
-            + ("" if asked ^ have else f" ({error})")
-        ) from None
+    except ValueError:
+        asked = dict(leaves_with_paths(specs, is_leaf=_is_spec))
+        have = [path for path, _ in leaves_with_paths(tree)]
+        if set(asked) != set(have):
+            raise ValueError(
+                f"{what} must have the structure of the tree, or be a prefix of it. Only in "
+                f"{what}: {_some(set(asked) - set(have))}; "
+                f"only in the tree: {_some(set(have) - set(asked))}"
+            ) from None
+        # The same leaves in other containers: a dict for a State, boxes or none.
+        return [asked[path] for path in have]
     return flat
 
 

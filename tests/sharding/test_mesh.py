@@ -93,12 +93,12 @@ def test_bad_shapes(shape, dcn, message):
 
 def test_slices_that_the_devices_do_not_have():
     devices = [Device(i, slice_index=i // 2, platform="tpu") for i in range(8)]
-    with pytest.raises(ValueError, match="slices of {0: 2, 1: 2, 2: 2, 3: 2}.*should be 4"):
+    with pytest.raises(ValueError, match=r"slices of {0: 2, 1: 2, 2: 2, 3: 2}.*should be 4"):
         make_mesh({"data": 8}, dcn={"data": 2}, devices=devices)
     with pytest.raises(ValueError, match="4 slices; say which axis crosses them"):
         make_mesh({"data": 8}, devices=devices)
     processes = [Device(i, process_index=i // 4) for i in range(8)]
-    with pytest.raises(ValueError, match="processes of {0: 4, 1: 4}"):
+    with pytest.raises(ValueError, match=r"processes of {0: 4, 1: 4}"):
         make_mesh({"data": 8}, dcn={"data": 4}, devices=processes)
 
 

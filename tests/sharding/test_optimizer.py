@@ -113,7 +113,8 @@ def test_longest_suffix_names_the_parameter():
 
 def test_one_array_nnx_state_and_prefix_specs():
     found = optimizer_specs(optax.adam(1e-3).init(jnp.zeros((4,))), jnp.zeros((4,)), P("data"))
-    assert found[0].mu == P("data") and found[0].count == P()
+    assert found[0].mu == P("data")
+    assert found[0].count == P()
     model = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
     params = nnx.state(model)
     opt_state = optax.adam(1e-3).init(params)
@@ -152,7 +153,7 @@ def test_zero_specs_take_the_largest_part_that_divides(caplog):
         "done": P("data"),
     }
     assert "odd: dim 1 of size 5 left whole" in caplog.text
-    with pytest.raises(ValueError, match="odd: dim 1 .*'data'"):
+    with pytest.raises(ValueError, match=r"odd: dim 1 .*'data'"):
         zero_specs(params, specs, mesh, on_indivisible="error")
     with pytest.raises(ValueError, match="expected mesh= to have it, got None"):
         optimizer_specs(optax.adam(1e-3).init(params), params, specs, zero=1)

@@ -80,7 +80,8 @@ def test_shard_module_is_a_new_module(mesh):
     with nnx.use_eager_sharding(False):
         model = Mlp(nnx.Rngs(0))
     placed = shard(model, mesh, specs(model, mesh, RULES))
-    assert isinstance(placed, Mlp) and placed is not model
+    assert isinstance(placed, Mlp)
+    assert placed is not model
     assert placed.up.kernel.get_value().sharding.spec == P("fsdp", "model")
     assert len(model.up.kernel.get_value().sharding.device_set) == 1
 
@@ -88,7 +89,7 @@ def test_shard_module_is_a_new_module(mesh):
 def test_shard_refuses_what_does_not_divide_or_match(mesh):
     with pytest.raises(ValueError, match=r"w/0: dim 1 of shape \(4, 3\) has size 3.*'model'"):
         shard({"w": [np.ones((4, 3))]}, mesh, P("fsdp", "model"))
-    with pytest.raises(ValueError, match="w: .* has 2 entries, the array of shape"):
+    with pytest.raises(ValueError, match=r"w: .* has 2 entries, the array of shape"):
         shard({"w": np.ones(4)}, mesh, P("fsdp", "model"))
     with pytest.raises(ValueError, match="only in the tree: v"):
         shard({"w": np.ones(4), "v": np.ones(4)}, mesh, {"w": P()})
@@ -102,11 +103,13 @@ def test_shard_refuses_what_does_not_divide_or_match(mesh):
 def test_pad_appends_zeros_and_unpad_takes_them_off(mesh, caplog):
     tree = {"table": np.arange(21.0).reshape(7, 3)}
     placed = shard(tree, mesh, {"table": P(("fsdp", "model"), None)}, on_indivisible="pad")
-    assert placed["table"].shape == (8, 3) and "padded from 7 to 8" in caplog.text
+    assert placed["table"].shape == (8, 3)
+    assert "padded from 7 to 8" in caplog.text
     np.testing.assert_array_equal(np.asarray(placed["table"])[7], 0.0)
     np.testing.assert_array_equal(unpad(placed, tree)["table"], tree["table"])
     whole = shard(tree, mesh, {"table": P(("fsdp", "model"))}, on_indivisible="replicate")
-    assert whole["table"].shape == (7, 3) and whole["table"].sharding.is_fully_replicated
+    assert whole["table"].shape == (7, 3)
+    assert whole["table"].sharding.is_fully_replicated
 
 
 # --- init ------------------------------------------------------------------------------------
@@ -136,17 +139,19 @@ def test_init_bare_pytree_and_function_of_the_shapes(mesh):
         return {"w": jax.random.normal(jax.random.key(0), (8, 8)), "step": 0}
 
     made = init(make, mesh, infer_fsdp(16))
-    assert made["w"].sharding.spec == P("fsdp", None) and made["step"].sharding.spec == P()
+    assert made["w"].sharding.spec == P("fsdp", None)
+    assert made["step"].sharding.spec == P()
     again = init(make, mesh, lambda tree: {"w": P(None, "data"), "step": P()})
     assert again["w"].sharding.spec == P(None, "data")
-    with pytest.raises(ValueError, match="w: dim 0 .* axis 'fsdp'"):
+    with pytest.raises(ValueError, match=r"w: dim 0 .* axis 'fsdp'"):
         init(lambda: {"w": jnp.ones((3, 4))}, mesh, lambda tree: {"w": P("fsdp")})
 
 
 def test_init_pads(mesh):
     rules = RULES.for_paths({"table": ("mlp", None)})
     made = init(lambda: {"table": jnp.ones((7, 2))}, mesh, rules, on_indivisible="pad")
-    assert made["table"].shape == (8, 2) and made["table"].sharding.spec == P("model", None)
+    assert made["table"].shape == (8, 2)
+    assert made["table"].sharding.spec == P("model", None)
     np.testing.assert_array_equal(np.asarray(made["table"])[7], 0.0)
     with pytest.raises(ValueError, match="table: dim 0 of shape"):
         init(lambda: {"table": jnp.ones((7, 2))}, mesh, rules)

@@ -69,8 +69,10 @@ def test_activations_have_entries_of_their_own():
 def test_frozen_hashable_and_picklable():
     rules = Rules(embed="fsdp").for_paths({"kernel": ("embed",)}).infer_fsdp("data", 4)
     same = Rules(embed="fsdp").for_paths({"kernel": ("embed",)}).infer_fsdp("data", 4)
-    assert rules == same and hash(rules) == hash(same)
-    assert rules != Rules(embed="fsdp") and rules != same.for_activations(embed=None)
+    assert rules == same
+    assert hash(rules) == hash(same)
+    assert rules != Rules(embed="fsdp")
+    assert rules != same.for_activations(embed=None)
     assert pickle.loads(pickle.dumps(rules)) == copy.deepcopy(rules) == rules
     with pytest.raises(AttributeError):
         rules.table = ()
