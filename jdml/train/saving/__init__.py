@@ -1,0 +1,1 @@
+"""What a checkpoint is made of: its folder, its record, its arrays and their digests."""

@@ -1,0 +1,92 @@
+"""What is asked of Orbax.
+
+The layer used is ``CheckpointManager``, which ``v1.training.Checkpointer`` wraps; their files are
+the same. A state is handed over as a flat dict from leaf path to array, so that any pytree can be
+saved and nothing hangs on how a container is written.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jdml.train.saving.record import RECORD_FILE, Json
+
+
+def open_manager(
+    folder: Path, keep: int, score: Callable[[Mapping[str, float]], float] | None, keep_best: int
+) -> ocp.CheckpointManager:
+    """A manager that keeps the latest ``keep`` steps, and the ``keep_best`` of greatest score."""
+    policies = ocp.checkpoint_managers
+    preservation: Any = policies.LatestN(keep)
+    if score is not None:
+        # max_to_keep with best_fn would drop the newest step for an older one of better score.
+        best = policies.BestN(
+            get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False
+        )
+        preservation = policies.AnyPreservationPolicy([preservation, best])
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler())
+    registry.add("record", ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename=RECORD_FILE))
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            preservation_policy=preservation,
+            best_fn=score,
+            save_root_metadata=False,
+            # Otherwise a folder that cannot be made shows after a time limit of minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        ),
+        handler_registry=registry,
+    )
+
+
+def start_saving(
+    manager: ocp.CheckpointManager,
+    step: int,
+    arrays: Mapping[str, jax.Array],
+    record: Json,
+    metrics: Mapping[str, float],
+) -> None:
+    """Copies what is to be saved and begins to write it."""
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(record)
+        ),
+        metrics=dict(metrics) or None,
+        force=True,
+    )
+
+
+def read_arrays(
+    path: Path, wanted: Mapping[str, Any], shardings: Mapping[str, jax.sharding.Sharding]
+) -> dict[str, jax.Array]:
+    """Reads arrays onto the shardings asked for; shapes and dtypes must be the saved ones."""
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in wanted.items()
+    }
+    arguments = ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        arrays = reader.restore(path, args=arguments)
+    return {name: arrays[name] for name in wanted}
+
+
+def scorer(metric: str, mode: str) -> Callable[[Mapping[str, float]], float]:
+    """Greater is better; a NaN, or no value, is worse than anything."""
+
+    def score(metrics: Mapping[str, float]) -> float:
+        value = float(metrics.get(metric, math.nan))
+        if math.isnan(value):
+            return -math.inf
+        return value if mode == "max" else -value
+
+    return score
