@@ -1,0 +1,114 @@
+"""Cross-entropy of the next token, in nats, without float32 logits of the whole batch.
+
+With a large vocabulary the logits are by far the largest array of a training step: 32 × 2,048
+tokens over 128,000 words are 34 GB in float32. Here a loop takes ``chunk_size`` positions at a
+time, and the backward pass computes their logits again (one more product with the head: a third
+of its cost). Chunk ``j`` of ``n`` holds positions ``j, j + n, j + 2n, …``: taking it leaves every
+device with positions that it has, where an axis divides the sequence.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+# Below this many words the logits are no larger than a block's own activations.
+_SMALL_VOCABULARY = 4096
+_CHUNK_SIZE = 128
+
+
+class LanguageModel(Protocol):
+    """What the loss asks of a model."""
+
+    def hidden(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """[batch, seq] → [batch, seq, embed]."""
+
+    def head_kernel(self) -> jax.Array:
+        """[embed, vocab]."""
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        """[batch, seq, embed], [embed, vocab] → float32 [batch, seq, vocab]."""
+
+
+def next_token_loss(
+    model: Any,
+    inputs: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """Mean of ``-log p(target | inputs so far)`` over the positions that the mask keeps.
+
+    Args:
+      model: a ``LanguageModel``, such as ``Transformer``.
+      inputs: int32 [batch, seq].
+      targets: int32 [batch, seq], the token that follows each position.
+      mask: [batch, seq], weight of each position, 0 for padding; None counts all alike.
+      key: typed key for dropout; None switches it off.
+      chunk_size: positions per pass over the head; None takes all at once for a vocabulary of
+        4,096 or less, and 128 otherwise.
+
+    Returns:
+      float32 scalar, nats per token; 0 if the mask keeps nothing. NaN where a target that counts
+      lies outside the vocabulary.
+
+    Raises:
+      ValueError: shapes that differ, or a chunk size below 1.
+    """
+    for name, array in (("targets", targets), ("mask", mask)):
+        if array is not None and array.shape != inputs.shape:
+            raise ValueError(
+                f"{name}: expected the shape of inputs {inputs.shape}, got {array.shape}"
+            )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    hidden = model.hidden(inputs, key=key)
+    kernel = model.head_kernel()
+    if chunk_size is None:
+        chunk_size = inputs.shape[1] if kernel.shape[1] <= _SMALL_VOCABULARY else _CHUNK_SIZE
+    weights = jnp.ones(inputs.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+
+    def total(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        loss = token_losses(model.logits(hidden, kernel), targets)
+        return jnp.sum(jnp.where(weights > 0, loss * weights, 0.0))
+
+    seq = inputs.shape[1]
+    if chunk_size >= seq:
+        sum_losses = total(hidden, targets, weights)
+    else:
+        chunks = tuple(_chunks(x, -(-seq // chunk_size)) for x in (hidden, targets, weights))
+
+        @jax.checkpoint
+        def add(carry: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+            return carry + total(*chunk), None
+
+        sum_losses, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
+    return sum_losses / (weights.size if mask is None else jnp.maximum(jnp.sum(weights), 1e-8))
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """``logsumexp(logits) - logits[target]``, in float32.
+
+    The target's logit is selected by a comparison, not by a gather: the sum over the vocabulary
+    stays on each device's part of it.
+
+    Args:
+      logits: [..., vocab].
+      targets: integers [...]; NaN results where one lies outside the vocabulary.
+    """
+    logits = logits.astype(jnp.float32)
+    vocab = logits.shape[-1]
+    chosen = jnp.where(jnp.arange(vocab) == targets[..., None], logits, 0.0).sum(axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.where((targets >= 0) & (targets < vocab), loss, jnp.nan)
+
+
+def _chunks(x: jax.Array, num_chunks: int) -> jax.Array:
+    """[batch, seq, ...] → [num_chunks, batch, positions, ...], zeros after the end of the seq."""
+    batch, seq = x.shape[:2]
+    pad = -seq % num_chunks
+    if pad:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, -1, num_chunks, *x.shape[2:]), 2, 0)

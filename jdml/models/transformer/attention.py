@@ -1,0 +1,155 @@
+"""Causal grouped-query attention with rotary positions, with and without a cache.
+
+Heads come before positions from the projection to the output, so that both products have leading
+batch dims, one contracted dim and no transposed operand. Training repeats keys and values to the
+number of queries' heads: the copies are small beside the scores, and the head dim stays divided
+over its mesh axis even where there are fewer key heads than devices. Decoding groups the queries
+instead, for there the keys and values are the large arrays.
+
+References: Su et al., "RoFormer", 2021; Ainslie et al., "GQA", 2023.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jdml.models.transformer.config import TransformerConfig
+from jdml.models.transformer.layers import Dense
+from jdml.sharding import constrain
+
+# Positions are left to the partitioner inside a block: the axis that divides them between blocks
+# may be the one that divides the heads here.
+_ANY = P.UNCONSTRAINED
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of each position's angles, float32 [seq, head_dim / 2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary(positions: jax.Array, head_dim: int, base: float) -> Rotary:
+    """Angles ``position * base^(-2i / head_dim)`` for pair ``i``; ``positions``: int [seq]."""
+    pairs = jnp.arange(head_dim // 2, dtype=jnp.float32)
+    frequency = base ** (-2.0 * pairs / head_dim)
+    angle = positions.astype(jnp.float32)[:, None] * frequency
+    return Rotary(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: jax.Array, table: Rotary) -> jax.Array:
+    """Turns the pairs (i, i + head_dim / 2) of ``x`` [batch, heads, seq, head_dim]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (
+        first * table.cos - second * table.sin,
+        second * table.cos + first * table.sin,
+    )
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [batch, kv_heads, length, head_dim]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Attention(nnx.Module):
+    """Projects to queries, keys and values, attends to the past, projects back.
+
+    Args:
+      config: shapes and dtypes.
+      rngs: stream ``params``.
+    """
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        embed, head = config.embed_dim, config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        flatten = config.flatten_tokens
+        names = ("embed", "heads", "head_dim")
+        kv_names = ("embed", "kv_heads", "head_dim")
+        self.group = heads // kv_heads
+        self.query = Dense((embed,), (heads, head), names, rngs.params(), flatten=flatten)
+        self.key = Dense((embed,), (kv_heads, head), kv_names, rngs.params(), flatten=flatten)
+        self.value = Dense((embed,), (kv_heads, head), kv_names, rngs.params(), flatten=flatten)
+        self.out = Dense(
+            (heads, head),
+            (embed,),
+            ("heads", "head_dim", "embed"),
+            rngs.params(),
+            scale=1 / math.sqrt(2 * config.num_layers),
+            flatten=flatten,
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        table: Rotary,
+        cache: LayerCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The layer's output and its cache.
+
+        Args:
+          x: [batch, seq, embed].
+          table: angles of the ``seq`` positions.
+          cache: keys and values of earlier positions; None attends within ``x`` only.
+          start: int32 scalar, position of ``x[:, 0]`` in the cache.
+        """
+        query = rotate(_heads(self.query(x), "heads"), table)
+        key = rotate(_heads(self.key(x), "kv_heads"), table)
+        value = _heads(self.value(x), "kv_heads")
+        if cache is None:
+            mixed = attend(query, _repeat(key, self.group), _repeat(value, self.group))
+        else:
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice_in_dim(cache.keys, key, start, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(cache.values, value, start, axis=2),
+            )
+            mixed = _attend_grouped(query, cache, start)
+        return self.out(mixed.transpose(0, 2, 1, 3)), cache
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal ``softmax(q kᵀ / sqrt(head_dim)) v`` with the softmax in float32.
+
+    Args:
+      query, key, value: [batch, heads, seq, head_dim].
+    """
+    seq = query.shape[2]
+    causal = jnp.tril(jnp.ones((seq, seq), bool))
+    weights = _weights("bhtd,bhsd->bhts", query, key, causal)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, value)
+
+
+def _attend_grouped(query: jax.Array, cache: LayerCache, start: jax.Array | int) -> jax.Array:
+    batch, heads, seq, head_dim = query.shape
+    kv_heads, length = cache.keys.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, seq, head_dim)
+    past = jnp.arange(length)[None, :] <= start + jnp.arange(seq)[:, None]
+    weights = _weights("bkgtd,bksd->bkgts", grouped, cache.keys, past)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, cache.values)
+    return mixed.reshape(query.shape)
+
+
+def _weights(product: str, query: jax.Array, key: jax.Array, allowed: jax.Array) -> jax.Array:
+    scores = jnp.einsum(product, query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed, scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+
+
+def _heads(x: jax.Array, name: str) -> jax.Array:
+    """[batch, seq, heads, head_dim] → [batch, heads, seq, head_dim], divided over the heads."""
+    return constrain(x.transpose(0, 2, 1, 3), "batch", name, _ANY, "head_dim")
+
+
+def _repeat(x: jax.Array, times: int) -> jax.Array:
+    if times == 1:
+        return x
+    batch, heads, seq, head_dim = x.shape
+    repeated = jnp.broadcast_to(x[:, :, None], (batch, heads, times, seq, head_dim))
+    return repeated.reshape(batch, heads * times, seq, head_dim)

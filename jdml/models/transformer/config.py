@@ -1,0 +1,109 @@
+"""The shape of a decoder, validated when it is written down."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+_COUNTS = (
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+    "max_seq_len",
+)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
+
+    The defaults are a byte-level model of 1.3 million parameters.
+
+    Args:
+      vocab_size: number of token ids.
+      num_layers: number of blocks.
+      embed_dim: width of the residual stream.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; ``num_heads / num_kv_heads`` queries share one.
+      head_dim: width of a head; even, for rotary positions turn pairs.
+      mlp_dim: width of the SwiGLU hidden layer.
+      max_seq_len: longest sequence accepted, in tokens.
+      rope_base: the slowest pair of a head turns once in about ``2π · rope_base`` positions.
+      norm_epsilon: added to the mean square in RMSNorm.
+      tie_embeddings: the head multiplies by the transposed embedding, and has no kernel.
+      dropout: rate after the embedding and on each residual branch, where a key is given.
+      dtype: of activations and matrix products; parameters, norms, softmax and loss are float32.
+      remat: what the backward pass computes again: nothing, all but the matrix products of the
+        projections, or every block from its input.
+      unroll: write the layers out instead of scanning them: longer compilation, faster steps on
+        CPU. The parameters are stacked in either case, so one checkpoint serves both.
+      flatten_tokens: project ``[batch * seq, in]`` rather than ``[batch, seq, in]``. On CPU this
+        halves the time of a block, because gradients of kernels then need no transposed copies.
+        Set it to False when a mesh axis divides ``seq``: the merged dim would be gathered.
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    embed_dim: int = 160
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 40
+    mlp_dim: int = 448
+    max_seq_len: int = 2048
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    unroll: bool = False
+    flatten_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads="
+                f"{self.num_kv_heads}: each key head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even, for rotary positions turn pairs; got {self.head_dim}"
+            )
+        for name in ("rope_base", "norm_epsilon"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        for name, allowed in (
+            ("dtype", ("float32", "bfloat16")),
+            ("remat", ("none", "dots", "full")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def compute_dtype(self) -> Any:
+        """``dtype`` as JAX names it."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, counted from the shapes."""
+        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.embed_dim * self.mlp_dim
+        norms = 2 * self.embed_dim
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.embed_dim
+        return self.num_layers * (attention + mlp + norms) + tables + self.embed_dim

@@ -1,0 +1,190 @@
+"""The decoder: embedding, stacked blocks, norm, head.
+
+The blocks' parameters are stacked under a leading dim named ``layers``: one traced block serves
+them all, compilation does not grow with depth, and a step handles a dozen leaves instead of
+hundreds. The model holds no random state: dropout takes a key with the call, so that a loss stays
+a pure function of parameters, batch and key.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jdml.models.transformer.attention import Attention, LayerCache, Rotary, rotary
+from jdml.models.transformer.config import TransformerConfig
+from jdml.models.transformer.layers import Dense, Embed, RMSNorm, dropout
+from jdml.models.transformer.mlp import SwiGLU
+from jdml.sharding import constrain
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, and how many positions they hold.
+
+    ``layers``: arrays [num_layers, batch, kv_heads, capacity, head_dim]; ``length``: int32 scalar.
+    """
+
+    layers: LayerCache
+    length: jax.Array
+
+
+class Block(nnx.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.rate = config.dropout
+        self.attention_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.mlp = SwiGLU(config, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        table: Rotary,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """``x`` [batch, seq, embed] → the same, and the cache with these positions written."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        mixed, cache = self.attention(self.attention_norm(x), table, cache, start)
+        x = constrain(x + dropout(mixed, self.rate, keys[0]), "batch", "seq", "embed")
+        x = x + dropout(self.mlp(self.mlp_norm(x)), self.rate, keys[1])
+        return constrain(x, "batch", "seq", "embed"), cache
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model.
+
+    ``constrain`` needs to know the mesh: call the model inside ``jdml.sharding.use_rules``, or
+    inside ``no_mesh`` on one device.
+
+    Args:
+      config: the shape.
+      rngs: stream ``params``; kernels are normal with deviation ``1 / sqrt(fan in)``, those that
+        write to the residual stream smaller by ``sqrt(2 * num_layers)``, and the embedding 0.02.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embed(config.vocab_size, config.embed_dim, rngs.params(), std=0.02)
+        make = nnx.vmap(
+            lambda rngs: Block(config, rngs),
+            transform_metadata={nnx.PARTITION_NAME: "layers"},
+        )
+        self.layers = make(rngs.split(config.num_layers))
+        self.norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.head = nnx.data(
+            None
+            if config.tie_embeddings
+            else Dense((config.embed_dim,), (config.vocab_size,), ("embed", "vocab"), rngs.params())
+        )
+
+    def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: int32 [batch, seq].
+          key: typed key for dropout; None switches it off.
+
+        Returns:
+          float32 [batch, seq, vocab].
+        """
+        return self.logits(self.hidden(tokens, key=key), self.head_kernel())
+
+    def hidden(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """What the head multiplies: [batch, seq, embed] in the compute dtype.
+
+        Raises:
+          ValueError: tokens that are not integers [batch, seq], or too long a sequence.
+        """
+        self._check(tokens, self.config.max_seq_len, "config.max_seq_len")
+        return self._run(tokens, key)[0]
+
+    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits of the token after the last one, given those in the cache.
+
+        Args:
+          tokens: int32 [batch, seq], the positions that follow ``cache.length``.
+          cache: from ``init_cache`` or an earlier call; must have room for ``seq`` more.
+
+        Returns:
+          float32 [batch, vocab], and the cache with these positions written.
+        """
+        self._check(tokens, cache.layers.keys.shape[3], "the cache's capacity")
+        x, cache = self._run(tokens, None, cache)
+        return self.logits(x[:, -1:], self.head_kernel())[:, 0], cache
+
+    def init_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for ``capacity`` positions."""
+        c = self.config
+        shape = (c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim)
+        # One array each: a buffer that appears twice could not be donated.
+        empty = LayerCache(jnp.zeros(shape, c.compute_dtype), jnp.zeros(shape, c.compute_dtype))
+        return Cache(empty, jnp.zeros((), jnp.int32))
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        """``hidden @ kernel``, accumulated and returned in float32.
+
+        Args:
+          hidden: [batch, seq, embed], from ``hidden``.
+          kernel: [embed, vocab], from ``head_kernel``; an argument, so that a loop over parts of
+            the sequence makes it once.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1]) if self.config.flatten_tokens else hidden
+        product = jnp.matmul(flat, kernel, preferred_element_type=jnp.float32)
+        product = product.reshape(*hidden.shape[:-1], kernel.shape[-1])
+        return constrain(product, "batch", P.UNCONSTRAINED, "vocab")
+
+    def head_kernel(self) -> jax.Array:
+        """[embed, vocab] in the compute dtype: the head's kernel or the embedding transposed."""
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return kernel.astype(self.config.compute_dtype)
+
+    def _run(
+        self, tokens: jax.Array, key: jax.Array | None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+        start: jax.Array | int = 0 if cache is None else cache.length
+        table = rotary(start + jnp.arange(tokens.shape[1]), c.head_dim, c.rope_base)
+        keys = None
+        if key is not None and c.dropout > 0:
+            key, embed_key = jax.random.split(key)
+            keys = jax.random.split(key, c.num_layers)
+        x = self.embed(tokens, c.compute_dtype)
+        if keys is not None:
+            x = dropout(x, c.dropout, embed_key)
+        x = constrain(x, "batch", "seq", "embed")
+
+        graphdef, state = nnx.split(self.layers)
+
+        def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+            state, key, cache = xs
+            return nnx.merge(graphdef, state)(x, table, key, cache, start)
+
+        xs = (nnx.to_pure_dict(state), keys, None if cache is None else cache.layers)
+        body = _remat(body, c)
+        x, layers = jax.lax.scan(body, x, xs, unroll=c.num_layers if c.unroll else 1)
+        if cache is not None:
+            cache = Cache(layers, cache.length + tokens.shape[1])
+        return self.norm(x), cache
+
+    def _check(self, tokens: jax.Array, limit: int, name: str) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: expected integers [batch, seq], got {tokens.dtype} {tokens.shape}"
+            )
+        if not 0 < tokens.shape[1] <= limit:
+            raise ValueError(f"tokens: {tokens.shape[1]} positions; expected 1 to {limit} ({name})")
+
+
+def _remat(body: Any, config: TransformerConfig) -> Any:
+    if config.remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    # A loop's body cannot be merged with its recomputation; written-out layers can.
+    return jax.checkpoint(body, policy=policy, prevent_cse=config.unroll)

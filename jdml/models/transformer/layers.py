@@ -1,0 +1,103 @@
+"""The parts that hold parameters: dense projection, RMSNorm, token embedding; and dropout.
+
+Every parameter is float32 and carries logical names of its dims, from which a rule table derives
+its layout. ``eager_sharding=False``: the names say how an array may be divided, and a module is
+also built where there is no mesh.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def param(value: jax.Array, names: tuple[str, ...]) -> nnx.Param:
+    """A parameter whose dims have these logical names."""
+    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+
+
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+    """Normal, cut at two of its deviations and scaled so that the result's is ``std``; float32."""
+    cut = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+    return cut * (std / 0.87962566)  # deviation of the cut normal
+
+
+class Dense(nnx.Module):
+    """``y = x @ kernel`` without a bias.
+
+    Args:
+      inputs: sizes of the contracted dims, the last ones of ``x``.
+      outputs: sizes of the dims that replace them.
+      names: logical names of the kernel's dims, ``inputs`` then ``outputs``.
+      key: typed key.
+      scale: the kernel's deviation is ``scale / sqrt(fan in)``.
+      flatten: see ``TransformerConfig.flatten_tokens``.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        names: tuple[str, ...],
+        key: jax.Array,
+        *,
+        scale: float = 1.0,
+        flatten: bool = True,
+    ):
+        self.num_inputs = len(inputs)
+        self.flatten = flatten
+        std = scale / math.sqrt(math.prod(inputs))
+        self.kernel = param(truncated_normal(key, inputs + outputs, std), names)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., *inputs] → [..., *outputs], in the dtype of ``x``."""
+        kernel = self.kernel[...].astype(x.dtype)
+        outputs = kernel.shape[self.num_inputs :]
+        lead = x.shape[: x.ndim - self.num_inputs]
+        kernel = kernel.reshape(-1, math.prod(outputs))
+        x = x.reshape(*((-1,) if self.flatten else lead), kernel.shape[0])
+        return (x @ kernel).reshape(*lead, *outputs)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x²) + epsilon) * scale`` over the last dim, computed in float32.
+
+    Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+
+    def __init__(self, size: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = param(jnp.ones((size,), jnp.float32), ("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., size], same dtype out."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """A table of token vectors."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, key: jax.Array, *, std: float):
+        table = truncated_normal(key, (vocab_size, embed_dim), std)
+        self.embedding = param(table, ("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Ids [...] → vectors [..., embed_dim]; NaN for an id outside the vocabulary."""
+        # Gather, then cast: a gather from the cast table would cast it whole.
+        rows = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        return rows.astype(dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes entries with probability ``rate`` and scales the others by ``1 / (1 - rate)``.
+
+    Without a key, or at rate 0, the identity.
+    """
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
