@@ -54,15 +54,15 @@ def read_text(
     wanted = tuple(s if s.startswith(".") else f".{s}" for s in suffixes)
     others: Counter[str] = Counter()
 
-    def keep(parts: tuple[str, ...]) -> bool:
-        if any(part.startswith(".") for part in parts):
+    def keep(name: str) -> bool:
+        if _hidden(name):
             return False
-        suffix = os.path.splitext(parts[-1])[1]
+        suffix = os.path.splitext(name)[1]
         if suffix not in wanted:
             others[suffix or "(no suffix)"] += 1
         return suffix in wanted
 
-    data = _join(_files(root, keep), max_bytes)
+    data = _join(_files(root, keep, _hidden), max_bytes)
     if not data.size:
         seen = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5)) or "no files"
         raise ValueError(
@@ -90,16 +90,14 @@ def standard_library(max_bytes: int = 16 << 20) -> Bytes:
     """
     root = Path(sysconfig.get_path("stdlib"))
 
-    def keep(parts: tuple[str, ...]) -> bool:
-        return (
-            parts[-1].endswith(".py")
-            and parts[-1] not in _NOT_LIBRARY_FILES
-            and not parts[-1].startswith("_sysconfigdata")
-            and not parts[0].startswith("config-")
-            and not _NOT_LIBRARY.intersection(parts)
-        )
+    def keep(name: str) -> bool:
+        generated = name in _NOT_LIBRARY_FILES or name.startswith("_sysconfigdata")
+        return name.endswith(".py") and not generated
 
-    data = _join(_files(root, keep), max_bytes)
+    def skip(folder: str) -> bool:
+        return folder in _NOT_LIBRARY or folder.startswith("config-")
+
+    data = _join(_files(root, keep, skip), max_bytes)
     if not data.size:
         raise ValueError(
             f"Python's standard library at {root} holds no .py files; give a text file or folder."
@@ -107,25 +105,29 @@ def standard_library(max_bytes: int = 16 << 20) -> Bytes:
     return data
 
 
-def _files(root: Path, keep: Callable[[tuple[str, ...]], bool]) -> list[Path]:
-    """Files under ``root`` whose relative parts ``keep`` accepts, sorted by those parts."""
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _files(
+    root: Path, keep: Callable[[str], bool], skip_folder: Callable[[str], bool]
+) -> list[Path]:
+    """The files under ``root`` that are kept by their names, in the order of their paths."""
 
     def fail(error: OSError) -> None:
         raise OSError(error.errno, f"cannot list this folder: {error.strerror}", error.filename)
 
     found = []
-    for folder, _, names in os.walk(root, onerror=fail):
-        for name in names:
-            parts = Path(folder, name).relative_to(root).parts
-            if keep(parts):
-                found.append(parts)
-    # Sorted by parts, not by strings: the order must not depend on the path separator.
-    return [root.joinpath(*parts) for parts in sorted(found)]
+    for folder, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [name for name in folders if not skip_folder(name)]
+        found += [Path(folder, name) for name in names if keep(name)]
+    # By parts, not as strings: the order must not hang on the path separator.
+    return sorted(found, key=lambda path: path.parts)
 
 
 def _join(paths: Sequence[Path], max_bytes: int | None) -> Bytes:
     def contents() -> Iterator[bytes]:
-        left = max_bytes if max_bytes is not None else None
+        left = max_bytes
         for path in paths:
             try:
                 data = path.read_bytes()
