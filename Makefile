@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+BENCHMARKS ?= step links
 
 # One environment per Python version, so that two of them live side by side.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -17,7 +18,7 @@ help:
 	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
 	@echo 'make test    lint, type check and all tests'
 	@echo 'make lint    ruff and mypy alone'
-	@echo 'make bench   the benchmarks; the one over rate-limited links needs root on Linux'
+	@echo 'make bench   the benchmarks, or those in BENCHMARKS=links; links needs root on Linux'
 	@echo 'make clean   remove environments and caches; keeps runs/'
 	@echo 'Options: PYTHON=python3.12 picks the interpreter; ARGS="..." goes to the program that'
 	@echo 'is run (make train ARGS=--help lists the options of training).'
@@ -34,7 +35,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m benchmarks.links $(ARGS)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 clean:
 	rm -rf .venv-*/ .cache build dist .pytest_cache .mypy_cache .ruff_cache
