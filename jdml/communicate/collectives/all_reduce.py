@@ -111,7 +111,12 @@ def _two_phase(
     """Mean of an f32 vector (and its new residual) by all-to-all and all-gather of payloads."""
     num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     size = vector.size
-    rows = jnp.pad(vector, (0, -size % (num_workers * codec.granularity))).reshape(num_workers, -1)
+    fill = -size % (num_workers * codec.granularity)
+    if fill:
+        vector = jnp.concatenate([vector, jnp.zeros(fill, vector.dtype)])
+    rows = vector.reshape(num_workers, -1)
+    # Barriers: fused into its users, an array would be computed once for each of them.
+    rows = jax.lax.optimization_barrier(rows)
     length = rows.shape[1]
     own = (jnp.arange(num_workers) == me)[:, None]
     key_out = key_back = None
@@ -120,25 +125,40 @@ def _two_phase(
         # that are replicated there stay equal.
         key_out, key_back = jax.random.split(jax.random.fold_in(key, me))
 
-    payload = codec.encode(rows, key_out)
+    payload = jax.lax.optimization_barrier(codec.encode(rows, key_out))
     received = jax.lax.all_to_all(pack(payload), axis, 0, 0, tiled=True)
     shares = codec.decode(unpack(received, payload), length)
-    shares = jnp.where(own, rows, shares)
-    chunk = jnp.mean(shares, axis=0, keepdims=True)
+    chunk = jax.lax.optimization_barrier(_mean_rows(jnp.where(own, rows, shares)))
 
-    chunk_payload = codec.encode(chunk, key_back)
+    chunk_payload = jax.lax.optimization_barrier(codec.encode(chunk, key_back))
     gathered = jax.lax.all_gather(pack(chunk_payload), axis, tiled=True, to="invarying")
     mean = codec.decode(unpack(gathered, chunk_payload), length).reshape(-1)[:size]
     if not feedback:
         return (mean,)
 
     error = rows - codec.decode(payload, length)
-    owner_error = (
-        chunk - codec.decode(chunk_payload, length) if two_sided else jnp.zeros_like(chunk)
-    )
-    error = jnp.where(own, num_workers * owner_error, error)
+    owner_error = jnp.zeros_like(chunk)
+    if two_sided:
+        owner_error = num_workers * (chunk - codec.decode(chunk_payload, length))
     error = jnp.where(jnp.isfinite(error), error, 0)
+    owner_error = jnp.where(jnp.isfinite(owner_error), owner_error, 0)
+    error = jax.lax.dynamic_update_slice_in_dim(error, owner_error, me, 0)
     return mean, error.reshape(-1)[:size]
+
+
+def _mean_rows(rows: jax.Array) -> jax.Array:
+    """``[num_rows, length]`` to ``[1, length]``.
+
+    Row by row where they are few: XLA's CPU reduction over the leading dim was measured at 0.6 GB/s
+    (jax 0.10.2), twenty times slower than these additions, which fuse with the decoding.
+    """
+    num_rows = rows.shape[0]
+    if num_rows > 32:
+        return jnp.mean(rows, axis=0, keepdims=True)
+    total = rows[0]
+    for k in range(1, num_rows):
+        total = total + rows[k]
+    return (total / num_rows)[None]
 
 
 def _check(

@@ -1,0 +1,237 @@
+"""The loop around a step: progress, metrics, evaluation, checkpoints, a clean stop."""
+
+import contextlib
+import functools
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jdml.sharding import bytes_per_axis, collectives
+from jdml.train.checkpoint import Checkpointer
+from jdml.train.metrics_log import MetricsLog
+from jdml.train.state import TrainState
+from jdml.train.step import TrainStep
+
+PyTree = Any
+
+LINES_PER_RUN = 20
+"""Without a terminal, about so many lines of progress are printed in a run."""
+
+
+class Data(Protocol):
+    """Endless batches with a position that can be saved; ``jdml.train.data.Batches`` is one."""
+
+    def __next__(self) -> PyTree: ...
+    def state(self) -> dict[str, Any]: ...
+
+
+class FitResult(NamedTuple):
+    """What :func:`fit` returns.
+
+    Attributes:
+      state: After the last step taken.
+      finished: False if the run was told to stop (Ctrl-C, SIGTERM) before ``num_steps``.
+    """
+
+    state: TrainState
+    finished: bool
+
+
+def fit(
+    step: TrainStep,
+    state: TrainState,
+    data: Data,
+    num_steps: int,
+    *,
+    mesh: Mesh,
+    workers: str = "data",
+    checkpointer: Checkpointer | None = None,
+    save_every: int = 0,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    eval_every: int = 0,
+    log: MetricsLog | None = None,
+    tokens_per_step: int = 0,
+    name: str = "training",
+    console: Console | None = None,
+) -> FitResult:
+    """Trains from ``state`` until ``state.step == num_steps``.
+
+    Each row of the log holds ``step``, ``loss`` and the other metrics, ``seconds`` (time spent in
+    steps since the run began, over all its resumptions; compilation, evaluation and saving left
+    out), ``tokens_per_second``, ``bytes_per_step`` and ``bytes_sent``, and what ``evaluate`` gave.
+    Bytes are what one device sends over axes that include the worker axis, read off the compiled
+    program; a collective that runs only on some steps is counted as if it ran on each.
+
+    Args:
+      step: From :func:`jdml.train.make_step`.
+      state: From ``init``, or restored.
+      data: Endless batches, standing where ``state`` does.
+      num_steps: Steps of the whole run, not of this call.
+      mesh: The mesh of the step.
+      workers: Its worker axis.
+      checkpointer: Where to save every ``save_every`` steps, at the end, and on Ctrl-C or SIGTERM.
+      save_every: Steps between checkpoints; 0 saves at the end alone.
+      evaluate: Called with the state every ``eval_every`` steps and at the end.
+      eval_every: Steps between evaluations; 0 evaluates at the end alone.
+      log: Takes a row per step.
+      tokens_per_step: Tokens (or samples) of one global batch, for the speed.
+      name: Shown before the progress bar.
+      console: Where to print; by default the standard output of process 0.
+    """
+    first = int(state.step)
+    log = MetricsLog("metrics.jsonl", write=False) if log is None else log
+    seconds = log.rows[-1]["seconds"] if log.rows else 0.0
+    if console is None:
+        console = Console(quiet=jax.process_index() != 0)
+    if first >= num_steps:
+        return FitResult(state, True)
+
+    batch = next(data)
+    started = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    sent = bytes_per_axis(collectives(compiled, mesh))
+    bytes_per_step = sum(n for axes, n in sent.items() if axes is not None and workers in axes)
+    console.print(
+        f"{name}: compiled in {time.perf_counter() - started:.1f} s; each device sends "
+        f"{format_bytes(bytes_per_step)} per step over {workers!r}"
+    )
+
+    # On CPU, steps in flight together starve each other's collectives of threads.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    in_flight: deque[tuple[int, dict[str, jax.Array]]] = deque()
+    clock = time.perf_counter()
+
+    def settle(more: Callable[[], dict[str, float]] | None = None) -> None:
+        """Waits for the oldest step in flight and books it; time spent in ``more`` is not its."""
+        nonlocal seconds, clock
+        number, metrics = in_flight.popleft()
+        values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
+        elapsed = time.perf_counter() - clock
+        seconds += elapsed
+        row = {"step": number, **values, "seconds": seconds}
+        if tokens_per_step:
+            row["tokens_per_second"] = tokens_per_step / elapsed
+        row |= {"bytes_per_step": bytes_per_step, "bytes_sent": bytes_per_step * number}
+        if more is not None:
+            row |= more()
+        log.append(row)
+        bar.update(row)
+        clock = time.perf_counter()
+
+    with _stop_on_signals() as stop, _Bar(console, name, first, num_steps, bytes_per_step) as bar:
+        for number in range(first + 1, num_steps + 1):
+            if number > first + 1:
+                batch = next(data)
+            state, metrics = compiled(state, batch)
+            in_flight.append((number, metrics))
+            last = number == num_steps or stop.is_set
+            saving = checkpointer is not None and (last or _due(number, save_every))
+            evaluating = evaluate is not None and (last or _due(number, eval_every))
+            if on_cpu:
+                jax.block_until_ready(state)
+            while len(in_flight) > 1:
+                settle()
+            if on_cpu or saving or evaluating or last:
+                settle(functools.partial(evaluate, state) if evaluate and evaluating else None)
+            if checkpointer is not None and saving:
+                checkpointer.save(number, state, data=data.state(), wait=last)
+                clock = time.perf_counter()
+            if last:
+                break
+    return FitResult(state, number == num_steps)
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def format_bytes(count: float) -> str:
+    """``"1.90 MB"``; decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+class _Flag:
+    is_set = False
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[_Flag]:
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+    flag = _Flag()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        flag.is_set = True
+        for which, handler in previous.items():
+            signal.signal(which, handler)
+
+    try:
+        for which in (signal.SIGINT, signal.SIGTERM):
+            previous[which] = signal.signal(which, handle)
+    except ValueError:  # not in the main thread, where signals cannot be handled
+        previous = {}
+    try:
+        yield flag
+    finally:
+        for which, handler in previous.items():
+            signal.signal(which, handler)
+
+
+class _Bar:
+    """A progress bar on a terminal; a line now and then elsewhere."""
+
+    def __init__(self, console: Console, name: str, first: int, num_steps: int, sent: int):
+        self._console = console
+        self._name = name
+        self._every = max(1, num_steps // LINES_PER_RUN)
+        self._num_steps = num_steps
+        self._first = first
+        self._sent = format_bytes(sent)
+        self._speed = 0.0
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> "_Bar":
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                self._name, total=self._num_steps, completed=self._first, text=""
+            )
+        return self
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Shows a row of metrics."""
+        speed = row.get("tokens_per_second", 0.0)
+        self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
+        parts = [f"loss {row['loss']:.3f}"]
+        parts += [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("val_")]
+        if speed:
+            parts.append(f"{self._speed:,.0f} tokens/s")
+        parts.append(f"{self._sent}/step")
+        text = "  ".join(parts)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], text=text)
+        elif row["step"] % self._every == 0 or row["step"] == self._num_steps:
+            self._console.print(f"{self._name}  {row['step']}/{self._num_steps}  {text}")
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,66 @@
+"""Metrics of a run, one JSON object per line, that survives a crash and a resume."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends rows ``{"step": ..., ...}`` to a JSON-lines file.
+
+    Args:
+      path: The file; its folder is made.
+      resume_step: Rows of later steps are dropped first: the run that wrote them went on past its
+        last checkpoint, and these steps will be taken again.
+      write: False on every process but one: keeps rows in memory alone.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int = 0, write: bool = True):
+        self.path = Path(path)
+        self.rows: list[Row] = [r for r in read_metrics(self.path) if r["step"] <= resume_step]
+        self._file = None
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A new file takes the old one's place whole: a crash leaves one or the other.
+            draft = self.path.with_suffix(".draft")
+            draft.write_text("".join(_line(row) for row in self.rows))
+            os.replace(draft, self.path)
+            self._file = self.path.open("a")
+
+    def append(self, row: Row) -> None:
+        """Adds a row and hands it to the operating system."""
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a metrics file, none if there is no file; a torn last line is left out."""
+    rows = []
+    path = Path(path)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
