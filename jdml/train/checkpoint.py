@@ -278,6 +278,7 @@ class Checkpointer:
         reason = None
         try:
             arrays = orbax.read_arrays(folders.arrays_path(self.folder, step), wanted, shardings)
+            reason = orbax.unlike(arrays, wanted, shardings)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the machine's trouble, not the checkpoint's
         except Exception as error:
@@ -322,6 +323,8 @@ class Checkpointer:
             folders.set_aside(self.folder, self._damaged)
         self._damaged.clear()
         _everywhere(True)  # nobody may list the folder before the names have changed
+        if self._manager is not None:
+            self._manager.reload()
 
     def _open_manager(self) -> ocp.CheckpointManager:
         score = self._best_metric and orbax.scorer(self._best_metric, self._best_mode)

@@ -59,6 +59,11 @@ def check_savable(named: Mapping[str, Any]) -> None:
                 f"leaf {path!r} of the state was donated to a step and is gone; save the state "
                 "that the step returned."
             )
+        if not leaf.size and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"leaf {path!r} of the state is an empty array of keys, which cannot be saved; "
+                "leave it out."
+            )
 
 
 def check_shardings(named: Mapping[str, Any]) -> dict[str, jax.sharding.Sharding]:

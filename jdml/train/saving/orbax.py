@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jdml.train.saving.record import RECORD_FILE, Json
@@ -57,7 +58,9 @@ def start_saving(
     manager.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(record)
+            # Orbax refuses empty arrays; the record knows all that there is to know of them.
+            state=ocp.args.PyTreeSave({name: x for name, x in arrays.items() if x.size}),
+            record=ocp.args.JsonSave(record),
         ),
         metrics=dict(metrics) or None,
         force=True,
@@ -71,13 +74,42 @@ def read_arrays(
     abstract = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
         for name, x in wanted.items()
+        if math.prod(x.shape)
     }
     arguments = ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         arrays = reader.restore(path, args=arguments)
-    return {name: arrays[name] for name in wanted}
+    return {
+        name: arrays[name] if name in abstract else _empty(x, shardings[name])
+        for name, x in wanted.items()
+    }
+
+
+def unlike(
+    arrays: Mapping[str, jax.Array],
+    wanted: Mapping[str, Any],
+    shardings: Mapping[str, jax.sharding.Sharding],
+) -> str | None:
+    """What was read otherwise than asked for, or ``None``.
+
+    When one of its own files is lost, Orbax may give plain numbers in place of typed keys.
+    """
+    for name, x in wanted.items():
+        y = arrays[name]
+        same_sharding = y.sharding.is_equivalent_to(shardings[name], y.ndim)
+        if (y.shape, y.dtype) != (tuple(x.shape), x.dtype) or not same_sharding:
+            return (
+                f"its array {name!r} was read as {y.dtype}{list(y.shape)} with {y.sharding} in "
+                f"place of {x.dtype}{list(x.shape)} with {shardings[name]}"
+            )
+    return None
+
+
+def _empty(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    nothing = np.zeros(x.shape, x.dtype)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: nothing[index])
 
 
 def scorer(metric: str, mode: str) -> Callable[[Mapping[str, float]], float]:
