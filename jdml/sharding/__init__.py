@@ -6,6 +6,14 @@ from jdml.sharding.compiled import Collective, bytes_per_axis, collectives
 from jdml.sharding.constrain import constrain, no_mesh, use_rules
 from jdml.sharding.describe import Description, describe
 from jdml.sharding.draw import describe_mesh, show
+from jdml.sharding.hosts import (
+    Host,
+    barrier,
+    broadcast_from_first,
+    check_fingerprint,
+    global_batch,
+    initialize,
+)
 from jdml.sharding.mesh import make_mesh
 from jdml.sharding.optimizer import gradient_specs, optimizer_specs, zero_specs
 from jdml.sharding.place import init, lower_init, shard, shardings, unpad
@@ -16,18 +24,24 @@ from jdml.sharding.specs import specs
 __all__ = [
     "Collective",
     "Description",
+    "Host",
     "Rules",
     "assert_matches_snapshot",
+    "barrier",
+    "broadcast_from_first",
     "bytes_per_axis",
     "check",
     "check_compiled",
+    "check_fingerprint",
     "collectives",
     "constrain",
     "describe",
     "describe_mesh",
+    "global_batch",
     "gradient_specs",
     "infer_fsdp",
     "init",
+    "initialize",
     "lower_init",
     "make_mesh",
     "no_mesh",
