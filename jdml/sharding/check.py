@@ -110,10 +110,10 @@ def _difference(shape: tuple[int, ...], asked: NamedSharding, obtained: Sharding
         if want_shard[dim] == have_shard[dim]:
             continue
         axes = axes_of(spec[dim]) if dim < len(spec) else ()
-        over = f"over axis {' × '.join(map(repr, axes))}" if axes else "whole"
+        over = f"over axis {' × '.join(map(repr, axes))} in " if axes else ""
         return (
-            f"dim {dim} of shape {shape}: asked {over} ({size // want_shard[dim]} parts), "
-            f"obtained {size // have_shard[dim]} parts; asked {spec}, obtained {have}"
+            f"dim {dim} of shape {shape}: asked {over}{_parts(size, want_shard[dim])}, obtained "
+            f"{_parts(size, have_shard[dim])}; asked {spec}, obtained {have}"
         )
     if obtained.device_set != asked.device_set:
         return (
@@ -121,6 +121,10 @@ def _difference(shape: tuple[int, ...], asked: NamedSharding, obtained: Sharding
             f"{len(obtained.device_set)}"
         )
     return f"shape {shape}: asked {spec}, obtained {have}: same parts, on other devices"
+
+
+def _parts(size: int, part: int) -> str:
+    return "whole" if size == part else f"{-(-size // part)} parts"
 
 
 def spec_text(sharding: Any) -> str:

@@ -77,8 +77,9 @@ def zero_specs(
 ) -> PyTree:
     """The parameters' specs, each divided over ``axis`` as well.
 
-    Of the dims whose parts ``axis`` divides, the one with the largest part is taken; a spec that
-    has the axis already stays as it is, and so does a leaf of one element.
+    The largest whole dim that ``axis`` divides is taken, or else the divided dim with the largest
+    parts that it divides. A spec that has the axis already stays as it is, and so does a leaf of
+    one element.
     """
     if mesh is None or axis not in mesh.shape:
         have = None if mesh is None else dict(mesh.shape)
@@ -149,7 +150,7 @@ def _divide(
         return spec
     part = [size // num_parts(entry, mesh) for size, entry in zip(shape, entries, strict=True)]
     fits = [dim for dim, size in enumerate(part) if size % mesh.shape[axis] == 0]
-    best = max(fits or range(len(shape)), key=lambda dim: (part[dim], -dim))
+    best = max(fits or range(len(shape)), key=lambda dim: (entries[dim] is None, part[dim], -dim))
     entries[best] = entry_of((*axes_of(entries[best]), axis))
     divided = P(*entries)
     # Where nothing fits, ``fit`` reports or raises, and the leaf keeps its parameter's layout.

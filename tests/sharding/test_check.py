@@ -58,11 +58,11 @@ def test_wrong_layouts_are_named(mesh, placed):
     message = str(caught.value)
     assert "2 of 2 arrays" in message
     assert (
-        "layers/0/kernel: dim 1 of shape (4, 8): asked over axis 'model' × 'data' (4 parts), "
+        "layers/0/kernel: dim 1 of shape (4, 8): asked over axis 'model' × 'data' in 4 parts, "
         "obtained 2 parts; asked P('fsdp', ('model', 'data')), obtained P('fsdp', 'model')"
     ) in message
     assert (
-        "bias: dim 0 of shape (8,): asked over axis 'model' (2 parts), obtained 1 parts" in message
+        "bias: dim 0 of shape (8,): asked over axis 'model' in 2 parts, obtained whole" in message
     )
 
 
@@ -139,7 +139,9 @@ def test_compiled_step_as_asked(mesh):
 
 def test_compiled_step_not_as_asked(mesh):
     compiled = compiled_step(mesh, ({"w": P("fsdp", None)}, P()))
-    with pytest.raises(ValueError, match=r"outputs/0/w: dim 1 .*'model' \(2 parts\), obtained 1"):
+    with pytest.raises(
+        ValueError, match=r"outputs/0/w: dim 1 .*'model' in 2 parts, obtained whole"
+    ):
         check_compiled(compiled, mesh, outputs=({"w": P("fsdp", "model")}, P()))
     with pytest.raises(ValueError, match=r"inputs/1: dim 1 of shape \(4, 8\): (.|\n)*in_shardings"):
         check_compiled(compiled, mesh, inputs=(P("fsdp", "model"), P("data", "model"), None))

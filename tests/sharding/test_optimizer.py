@@ -132,7 +132,8 @@ def test_one_array_nnx_state_and_prefix_specs():
 def test_zero_specs_take_the_largest_part_that_divides(caplog):
     mesh = make_mesh({"data": 4, "model": 2})
     params = {
-        "a": jnp.zeros((4, 16)),
+        "a": jnp.zeros((2, 16)),
+        "wide": jnp.zeros((4, 16)),
         "b": jnp.zeros((6, 8)),
         "odd": jnp.zeros((3, 5)),
         "scalar": jnp.zeros(()),
@@ -140,6 +141,7 @@ def test_zero_specs_take_the_largest_part_that_divides(caplog):
     }
     specs = {
         "a": P(None, "model"),
+        "wide": P(None, "model"),
         "b": P("model", None),
         "odd": P(),
         "scalar": P(),
@@ -147,6 +149,7 @@ def test_zero_specs_take_the_largest_part_that_divides(caplog):
     }
     assert zero_specs(params, specs, mesh) == {
         "a": P(None, ("model", "data")),
+        "wide": P("data", "model"),
         "b": P("model", "data"),
         "odd": P(),
         "scalar": P(),
