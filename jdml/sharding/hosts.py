@@ -64,7 +64,7 @@ def initialize(
     """
     given = {"num_processes": num_processes, "process_id": process_id}
     if jax.distributed.is_initialized():
-        host = Host(jax.process_index(), jax.process_count())
+        host = _host()
         for name, value in given.items():
             if value is not None and value != getattr(host, name):
                 raise ValueError(
@@ -72,11 +72,12 @@ def initialize(
                     f"{host.num_processes}, got {name}={value}; initialize once per process"
                 )
         return host
-    coordinator = coordinator or os.environ.get("JDML_COORDINATOR")
-    if coordinator == os.environ.get("JDML_COORDINATOR"):
+    launcher = os.environ.get("JDML_COORDINATOR")
+    coordinator = coordinator or launcher
+    if launcher is not None and coordinator == launcher:
         num_processes = _from_environment(num_processes, "JDML_NUM_PROCESSES")
         process_id = _from_environment(process_id, "JDML_PROCESS_ID")
-    if None in (coordinator, num_processes, process_id):
+    elif None in (coordinator, num_processes, process_id, local_device_ids):
         coordinator, num_processes, process_id, local_device_ids = (
             ClusterEnv.auto_detect_unset_distributed_params(
                 coordinator, num_processes, process_id, local_device_ids, None, int(timeout)
@@ -101,7 +102,7 @@ def initialize(
             "initialize: JAX already has its devices in this process, which would stay alone; "
             "call initialize() before the first computation, jax.devices() or make_mesh"
         )
-    if jax.config.jax_cpu_collectives_implementation is None:
+    if getattr(jax.config, "jax_cpu_collectives_implementation", None) is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     leave_at_once_on_failure(lambda: _client().wait_at_barrier("jdml/leaving", 2000))
     meet(coordinator, num_processes, process_id, timeout)
@@ -123,6 +124,13 @@ def _from_environment(value: int | None, name: str) -> int | None:
     return int(os.environ[name]) if value is None and name in os.environ else value
 
 
+def _host() -> Host:
+    """This process among the others, without waking the devices where the coordinator knows."""
+    if jax.distributed.is_initialized():
+        return Host(distributed.global_state.process_id, distributed.global_state.num_processes)
+    return Host(jax.process_index(), jax.process_count())
+
+
 def _client() -> Any:
     """The coordinator's key-value store and barriers; only with several processes."""
     client = distributed.global_state.client
@@ -141,7 +149,8 @@ def barrier(name: str, timeout: float = 60.0) -> None:
     Raises:
       TimeoutError: after ``timeout`` seconds, naming processes that did not come.
     """
-    if jax.process_count() == 1:
+    host = _host()
+    if host.num_processes == 1:
         return
     try:
         _client().wait_at_barrier(f"jdml/{name}", int(timeout * 1000))
@@ -152,7 +161,7 @@ def barrier(name: str, timeout: float = 60.0) -> None:
         late = re.search(r"timed out task names:\s*([\d\s,]+)", text)
         who = f"process {', '.join(late[1].split())} did not come" if late else text[:300]
         raise TimeoutError(
-            f"barrier {name!r}: process {jax.process_index()} of {jax.process_count()} waited "
+            f"barrier {name!r}: process {host.process_id} of {host.num_processes} waited "
             f"{timeout:g} s; {who}"
         ) from error
 
@@ -183,10 +192,10 @@ def check_fingerprint(
 
 
 def _compare(name: str, table: dict[str, str], timeout: float, complaint: str) -> None:
-    num = jax.process_count()
+    me, num = _host()
     if num == 1:
         return
-    client, me = _client(), jax.process_index()
+    client = _client()
     digests, tables = f"jdml/{name}/digest/", f"jdml/{name}/table/"
     client.key_value_set(f"{digests}{me}", prints.summary(table), allow_overwrite=True)
     client.key_value_set(f"{tables}{me}", json.dumps(table), allow_overwrite=True)

@@ -252,6 +252,30 @@ def test_initialize_with_part_of_what_it_needs(arguments, message):
         hosts.initialize(**arguments)
 
 
+def test_a_cluster_that_jax_detects(monkeypatch):
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "node[001-002]",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(hosts.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(hosts, "leave_at_once_on_failure", lambda farewell: None)
+    monkeypatch.setattr(hosts, "meet", lambda *a: calls.append(a))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    assert hosts.initialize(timeout=9) == (5, 8)
+    met, (given, named) = calls
+    address = given[0]
+    assert address.startswith("node001:")
+    assert met == (address, 8, 5, 9)
+    assert given == (address, 8, 5)
+    assert named["local_device_ids"] == [1]
+    assert (named["initialization_timeout"], named["coordinator_bind_address"]) == (9, None)
+
+
 def test_broadcast_refuses_objects():
     with pytest.raises(ValueError, match="got object at odd"):
         hosts.broadcast_from_first({"odd": object()})
