@@ -307,6 +307,26 @@ def test_no_damaged_file_gives_a_wrong_state(tmp_path, states, damage):
     assert any("/d/" in file for file in fell_back)
 
 
+def test_a_flipped_bit_that_orbax_does_not_see_is_seen(tmp_path, mesh):
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    numbers = [np.random.default_rng(i).normal(size=(256, 256)).astype(np.float32) for i in (0, 1)]
+    target = {"x": jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=sharding)}
+    with Checkpointer(tmp_path) as checkpointer:
+        for step, x in enumerate(numbers):
+            checkpointer.save(step, {"x": jax.device_put(x, sharding)}, wait=True)
+    file = max((tmp_path / "1/state").rglob("*"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    wrong = orbax.read_arrays(tmp_path / "1/state", target, {"x": sharding})["x"]
+    assert np.sum(np.asarray(wrong) != numbers[1]) >= 1
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.warns(CheckpointWarning, match="'x': the bits are not those saved"):
+            state, _, step = checkpointer.restore(target)
+        assert step == 0
+        assert np.array_equal(np.asarray(state["x"]), numbers[0])
+
+
 def restore_quietly(checkpointer: Checkpointer, target: Any) -> Any:
     """Restores; demands a warning that names the newest step exactly if it is skipped."""
     import warnings
@@ -454,6 +474,18 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     assert sorted(e.name for e in tmp_path.iterdir()) == ["7", "thesis.tex"]
 
 
+def test_steps_copied_by_themselves_are_taken(tmp_path, states):
+    with Checkpointer(tmp_path / "run", CONFIG) as checkpointer:
+        checkpointer.save(1, states[1], wait=True)
+    shutil.copytree(tmp_path / "run/1", tmp_path / "copy/1")
+    with Checkpointer(tmp_path / "copy", CONFIG) as checkpointer:
+        assert_same(checkpointer.restore(abstract(states[0])).state, states[1])
+    (tmp_path / "copy/jdml-checkpoints.json").unlink()
+    (tmp_path / "copy/notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"something else than checkpoints of jdml: notes\.txt\."):
+        Checkpointer(tmp_path / "copy")
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="this is a file") as caught:
@@ -575,6 +607,7 @@ def test_a_full_disk_is_refused_before_training(mount, mesh, states):
     with pytest.raises(OSError, match="cannot write checkpoints: No space left") as caught:
         Checkpointer(disk / "run")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(disk / "run"))
+    assert not (disk / "run/.probe-0").exists()
 
 
 def first_error(check: Callable[[], None]) -> OSError:

@@ -64,7 +64,7 @@ def check_ids(tokens: Tokens, vocab_size: int, name: str, position: int = 0) -> 
       position: Where ``tokens`` begins in what ``name`` names.
     """
     for start, block in sampled_blocks(tokens.reshape(-1)):
-        low, high = int(block.min()), int(block.max())
+        low, high = int(np.min(block)), int(np.max(block))
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
             where = position + start + int(np.argmax(block == bad))

@@ -1,5 +1,6 @@
 """The folder of a run's checkpoints: whose it is, what is in it, whether it can be written."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -33,7 +34,9 @@ def refuse_foreign(folder: Path) -> None:
         )
     if not folder.exists() or (folder / _MARKER).is_file():
         return
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    ours = {str(step) for step in complete_steps(folder)}  # copied there without the marker
+    names = sorted(e.name for e in folder.iterdir() if not e.name.startswith("."))
+    names = [name for name in names if name not in ours]
     if names:
         shown = ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
         raise ValueError(
@@ -58,6 +61,8 @@ def probe(folder: Path) -> None:
             _write(file, f'{{"format": "{FORMAT}"}}\n'.encode())
             file.rename(folder / _MARKER)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            file.unlink()
         raise os_error(error, "cannot write checkpoints", folder) from error
 
 

@@ -67,7 +67,7 @@ def config_differences(saved: Json | None, given: Json) -> list[str]:
     return [
         f"{key}: saved {_show(old, key)}, given {_show(new, key)}"
         for key in sorted({*old, *new})
-        if key not in old or key not in new or old[key] != new[key]
+        if key not in old or key not in new or not _equal(old[key], new[key])
     ]
 
 
@@ -116,6 +116,10 @@ def _flatten(config: Any, prefix: str = "") -> Json:
     for key, value in config.items():
         flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a == b or repr(a) == repr(b)  # a NaN is the same setting as a NaN
 
 
 def _show(flat: Json, key: str) -> str:

@@ -76,6 +76,7 @@ def test_differing_keys_are_named_with_both_values():
         "new: saved (nothing), given 'x'",
         "old: saved 1, given (nothing)",
     ]
+    assert config_differences({"clip": float("nan")}, {"clip": float("nan")}) == []
     assert config_differences(None, {"a": 1}) == ["a: saved (nothing), given 1"]
 
 
