@@ -5,12 +5,7 @@ import functools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +20,12 @@ from jdml.partition.samples import Sampler
 from jdml.sharding import make_mesh
 from jdml.train.checkpoint import Checkpointer, CheckpointWarning
 from jdml.train.saving import orbax
+from jdml.train.saving.record import seal, unseal
 
 # When one read or write fails, those beside it end after Orbax has closed its event loop, which
 # prints an error of no consequence.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"model": {"layers": 2, "width": 8}, "codec": "int8"}
 
 
@@ -109,27 +104,6 @@ def mesh() -> Mesh:
 @pytest.fixture(scope="module")
 def states(mesh) -> list[State]:
     return [make_state(mesh, seed) for seed in range(4)]
-
-
-@pytest.fixture
-def mount(tmp_path) -> Iterator[Callable[..., Path]]:
-    """Makes small file systems of one's own; skips where that is not allowed."""
-    folders: list[Path] = []
-
-    def make(options: str) -> Path:
-        folder = tmp_path / f"disk{len(folders)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("a full or read-only disk needs a tmpfs, which needs root")
-        folders.append(folder)
-        return folder
-
-    yield make
-    for folder in folders:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 # Round trips
@@ -329,8 +303,6 @@ def test_a_flipped_bit_that_orbax_does_not_see_is_seen(tmp_path, mesh):
 
 def restore_quietly(checkpointer: Checkpointer, target: Any) -> Any:
     """Restores; demands a warning that names the newest step exactly if it is skipped."""
-    import warnings
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointWarning)
         restored = checkpointer.restore(target)
@@ -343,8 +315,6 @@ def restore_quietly(checkpointer: Checkpointer, target: Any) -> Any:
 
 def swap_digest(folder: Path, step: int, path: str) -> None:
     """Makes the saved array differ from its digest, as a flipped bit on the disk would."""
-    from jdml.train.saving.record import seal, unseal
-
     file = folder / str(step) / "record/record.json"
     record = unseal(file.read_bytes())
     record["digests"][path] ^= 1 << 17
@@ -563,250 +533,3 @@ def test_what_cannot_be_restored_to_is_refused(tmp_path, mesh):
             checkpointer.restore(
                 {"a": x, "b": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=elsewhere)}
             )
-
-
-# Disks
-
-
-def test_a_path_below_a_file_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(NotADirectoryError, match="a part of this path is a file") as caught:
-        Checkpointer(tmp_path / "file/run")
-    assert caught.value.filename == str(tmp_path / "file/run")
-
-
-def test_a_read_only_disk_is_refused_before_training(mount):
-    disk = mount("size=1m,ro")
-    with pytest.raises(OSError, match="cannot write checkpoints: Read-only") as caught:
-        Checkpointer(disk / "run")
-    assert caught.value.errno == errno.EROFS
-    assert caught.value.filename == str(disk / "run")
-
-
-def test_a_disk_that_becomes_read_only_shows_when_saving(mount, states):
-    disk = mount("size=8m")
-    with Checkpointer(disk) as checkpointer:
-        checkpointer.save(1, states[1], wait=True)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with pytest.raises(OSError, match="step 2 was not saved: Read-only") as caught:
-            checkpointer.save(2, states[2], wait=True)
-        assert caught.value.filename == str(disk)
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        checkpointer.save(3, states[3], wait=True)
-        assert checkpointer.steps() == [1, 3]
-
-
-def test_a_full_disk_is_refused_before_training(mount, mesh, states):
-    disk = mount("size=1m")
-    with Checkpointer(disk / "run") as checkpointer:
-        checkpointer.check_room(states[0])
-        large = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
-        with pytest.raises(OSError, match=r"one checkpoint takes 4\.0 MB .*but 1\.0 MB are free"):
-            checkpointer.check_room({"a": large, "key": abstract(states[0]).key})
-    (disk / "filler").write_bytes(b"x" * shutil.disk_usage(disk).free)
-    with pytest.raises(OSError, match="cannot write checkpoints: No space left") as caught:
-        Checkpointer(disk / "run")
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(disk / "run"))
-    assert not (disk / "run/.probe-0").exists()
-
-
-def first_error(check: Callable[[], None]) -> OSError:
-    """What ``check``, called as a training loop would, raises within a minute."""
-    for _ in range(1200):
-        try:
-            check()
-        except OSError as error:
-            return error
-        time.sleep(0.05)
-    pytest.fail("no error showed")
-
-
-def test_a_disk_that_fills_shows_at_the_next_check_and_loses_nothing(mount, mesh):
-    disk = mount("size=4m")
-    rng = np.random.default_rng(0)
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    state = {"x": jax.device_put(rng.normal(size=(512, 512)).astype(np.float32), sharding)}
-    with Checkpointer(disk / "run", keep=1) as checkpointer:
-        checkpointer.save(1, state, wait=True)
-        filler = disk / "filler"
-        filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 300_000))
-        checkpointer.save(2, state)
-        error = first_error(checkpointer.check)
-        assert "step 2 was not saved: No space left" in str(error)
-        assert "free some space" in str(error)
-        assert (error.errno, error.filename) == (errno.ENOSPC, str(disk / "run"))
-        # Told once; the checkpoint before is whole, and what was half written is gone.
-        checkpointer.check()
-        assert checkpointer.steps() == [1]
-        assert not list((disk / "run").glob("*tmp*"))
-        assert_same(checkpointer.restore(abstract(state)).state, state)
-        filler.unlink()
-        checkpointer.save(3, state, wait=True)
-        assert checkpointer.steps() == [3]
-
-
-def test_a_failed_save_shows_when_the_next_one_begins(mount, mesh):
-    disk = mount("size=1m")
-    x = np.random.default_rng(0).normal(size=(1024, 512)).astype(np.float32)
-    state = {"x": jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))}
-    checkpointer = Checkpointer(disk / "run")
-    checkpointer.save(1, state)
-    with pytest.raises(OSError, match="step 1 was not saved: No space left"):
-        checkpointer.save(2, state)
-    checkpointer.save(2, state)
-    with pytest.raises(OSError, match="step 2 was not saved: No space left"):
-        checkpointer.close()
-
-
-# Other processes
-
-SAVE_IN_A_LOOP = """
-    import sys
-    import jax
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
-    from jdml.sharding import make_mesh
-    from jdml.train.checkpoint import Checkpointer
-
-    sharding = NamedSharding(make_mesh({"data": 2}), PartitionSpec("data"))
-    with Checkpointer(sys.argv[1], keep=2) as checkpointer:
-        for step in range((checkpointer.latest_step() or 0) + 1, 10_000):
-            arrays = [np.random.default_rng(step + i).normal(size=(64, 512)) for i in range(8)]
-            state = {str(i): jax.device_put(x.astype("f4"), sharding) for i, x in enumerate(arrays)}
-            checkpointer.save(step, state, data={"step": step})
-"""
-
-
-def test_a_killed_process_leaves_a_newest_checkpoint_that_is_whole(tmp_path):
-    folder = tmp_path / "run"
-    sharding = NamedSharding(make_mesh({"data": 8}), PartitionSpec("data"))
-    leaf = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=sharding)
-    newest = 0
-    for pause in (0.0, 0.013, 0.037):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SAVE_IN_A_LOOP), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while not any((folder / str(newest + k)).is_dir() for k in range(3, 8)):
-                assert process.poll() is None, "the process that saves ended by itself"
-                assert time.monotonic() < deadline, "the process that saves made no progress"
-                time.sleep(0.002)
-            time.sleep(pause)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        with Checkpointer(folder, read_only=True) as checkpointer:
-            latest = checkpointer.latest_step()
-            # A CheckpointWarning would be an error here: no step was skipped.
-            state, data, step = checkpointer.restore({str(i): leaf for i in range(8)})
-        assert step == latest
-        assert step >= newest + 3
-        assert data == {"step": step}
-        for i in range(8):
-            expected = np.random.default_rng(step + i).normal(size=(64, 512)).astype("f4")
-            assert np.array_equal(np.asarray(state[str(i)]), expected)
-        newest = step
-
-
-ONE_OF_TWO = """
-    import sys
-    import warnings
-    import jax
-    folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(
-        f"127.0.0.1:{port}", 2, index, coordinator_bind_address=f"127.0.0.1:{port}"
-    )
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
-    from jdml.sharding import make_mesh
-    from jdml.train.checkpoint import Checkpointer, CheckpointWarning
-    from jdml.train.data import Batches, Corpus
-
-    mesh = make_mesh({"data": 2, "model": 2})
-    def put(x, *names):
-        sharding = NamedSharding(mesh, PartitionSpec(*names))
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-    def state(step):
-        x = np.random.default_rng(step).normal(size=(8, 6)).astype("f4")
-        return {"a": put(x, "data", "model"), "b": put(x, "model"), "c": put(x)}
-    def same(got, step):
-        return all(
-            np.array_equal(shard.data, state(step)[name].addressable_shards[k].data)
-            for name, array in got.items() for k, shard in enumerate(array.addressable_shards)
-        )
-
-    with Checkpointer(folder, {"layers": 2}, keep=2) as checkpointer:
-        for step in range(4):
-            checkpointer.save(step, state(step), data={"step": step})
-        checkpointer.wait()
-        assert checkpointer.steps() == [2, 3], checkpointer.steps()
-        got = checkpointer.restore(state(0))
-        assert got.step == 3 and same(got.state, 3)
-        if index == 0:
-            import json
-            from jdml.train.saving.record import seal, unseal
-            file = checkpointer.folder / "3/record/record.json"
-            record = unseal(file.read_bytes())
-            record["digests"]["b"] ^= 1
-            file.write_text(json.dumps(seal(record)))
-        from jax.experimental import multihost_utils
-        multihost_utils.sync_global_devices("damaged")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            got = checkpointer.restore(state(0))
-        assert got.step == 2 and same(got.state, 2)
-        assert sum(w.category is CheckpointWarning for w in caught) == 1
-        checkpointer.save(3, state(7), wait=True)
-        got = checkpointer.restore(state(0))
-        assert got.step == 3 and same(got.state, 7)
-
-    corpus = Corpus(np.arange(200, dtype=np.uint8), 256, "counting")
-    for names in (("data",), (None, "data"), ("model",), ("data", "model")):
-        sharding = NamedSharding(mesh, PartitionSpec(*names))
-        placed = next(Batches(corpus, 4, 8, seed=1, sharding=sharding))
-        plain = next(Batches(corpus, 4, 8, seed=1))
-        for name, array in placed.items():
-            for shard in array.addressable_shards:
-                assert np.array_equal(shard.data, plain[name][shard.index]), names
-    print("fine", index)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_save_restore_and_fall_back_together(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-c", textwrap.dedent(ONE_OF_TWO)),
-                *(str(tmp_path / "run"), str(port), str(index)),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for index, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, err[-4000:]
-        assert f"fine {index}" in out
