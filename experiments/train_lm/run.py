@@ -38,7 +38,7 @@ BATCH_AXES = ("data", "fsdp")
 def main(config: Config) -> None:
     """The whole job: data, mesh, one run or two, a sample, a report."""
     start_devices(config)
-    console = Console(quiet=jax.process_index() != 0, highlight=False)
+    console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
     corpus = read_corpus(config.data, vocab_size=config.vocab_size, dtype=config.data_dtype)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=corpus.vocab_size)

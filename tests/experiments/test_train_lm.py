@@ -68,7 +68,7 @@ def train(out, corpus, *options, launch=(), cwd=None):
 
 def digests(out, run, step):
     record = json.loads((out / run / "checkpoints" / str(step) / "record/record.json").read_text())
-    return record["digests"]
+    return record["record"]["digests"]
 
 
 def rows(out, run):
@@ -161,7 +161,7 @@ def test_runs_on_any_number_of_devices_and_on_tokens(tmp_path, simulate):
         (("--mesh.data", "3"), "8"),
         (("--mesh.data", "-1", "--mesh.model", "-1"), "-1"),
         (("--batch", "6"), "6"),
-        (("--model.num-heads", "3", "--model.num-kv-heads", "3"), "heads"),
+        (("--model.num-heads", "3", "--model.num-kv-heads", "3"), "attention/key/kernel"),
         (("--data", "/nowhere/at/all"), "/nowhere/at/all"),
         (("--seq-len", "100000", "--model.max-seq-len", "100000"), "100001"),
         (("--seq-len", "4096"), "max-seq-len"),
