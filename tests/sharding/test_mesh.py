@@ -57,9 +57,9 @@ def test_two_dcn_axes():
 
 @pytest.mark.parametrize("attribute", ["slice_index", "process_index"])
 def test_what_devices_say_of_their_slice_wins_over_their_order(attribute):
-    devices = [Device(i, **{attribute: i % 2}) for i in range(8)]
+    devices = [Device(i, **{attribute: (i + 1) % 2}) for i in range(8)]
     mesh = make_mesh({"data": 4, "model": 2}, dcn={"data": 2}, devices=devices)
-    np.testing.assert_array_equal(ids(mesh) % 2, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(ids(mesh) % 2, [[1, 1], [1, 1], [0, 0], [0, 0]])
 
 
 def test_a_slice_may_hold_several_processes():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import OrderedDict
 
 import flax.linen as nn
 import jax
@@ -84,6 +85,14 @@ def test_shard_module_is_a_new_module(mesh):
     assert placed is not model
     assert placed.up.kernel.get_value().sharding.spec == P("fsdp", "model")
     assert len(model.up.kernel.get_value().sharding.device_set) == 1
+
+
+def test_specs_in_another_container_are_matched_by_path(mesh):
+    tree = {"a": np.ones((2, 4)), "b": np.ones((4, 2))}
+    layout = OrderedDict(b=P("fsdp", None), a=P(None, "model"))
+    placed = shard(tree, mesh, layout)
+    assert placed["a"].sharding.spec == P(None, "model")
+    assert placed["b"].sharding.spec == P("fsdp", None)
 
 
 def test_shard_refuses_what_does_not_divide_or_match(mesh):

@@ -21,6 +21,7 @@ def test_first_match_wins():
     rules = Rules(("embed", "model"), ("embed", "data"), embed="fsdp", mlp="data")
     assert rules.spec(("embed", "mlp")) == P("model", "data")
     assert rules.replace(embed="fsdp").spec(("embed",)) == P("fsdp")
+    assert Rules(embed="fsdp").replace(embed="model") == Rules(embed="model")
 
 
 def test_a_rule_goes_before_the_mesh_axis_of_that_name():

@@ -185,6 +185,20 @@ def test_a_leaf_that_no_pattern_matches(mesh):
     assert specs({"step": leaf(), "one": leaf(1)}, mesh, rules) == {"step": P(), "one": P()}
 
 
+def test_random_keys_of_a_module_need_no_pattern(mesh):
+    rules = RULES.for_paths({"up|norm": None})
+    flat = by_path(specs(abstract(stacked({})), mesh, rules))
+    assert flat["drop/rngs/key"] == flat["drop/rngs/count"] == P()
+
+
+def test_specs_need_no_devices():
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((64, 8), ("fsdp", "model"), axis_types=kinds)
+    tree = {"kernel": nn.LogicallyPartitioned(leaf(512, 1024), ("embed", "mlp"))}
+    assert by_path(specs(tree, mesh, RULES)) == {"kernel": P("fsdp", "model")}
+    assert describe(tree, mesh, RULES).bytes_per_device == 512 * 1024 * 4 // 512
+
+
 def test_infer_fsdp(mesh):
     tree = {"a": leaf(3, 6, 6), "b": leaf(100, 7), "small": leaf(2, 2), "s": leaf()}
     found = specs(tree, mesh, infer_fsdp(min_size=5))
