@@ -3,6 +3,8 @@
 ``init`` compiles the function that makes the model with the layout of its outputs fixed, so XLA
 computes on each device only the part that this device keeps. JAX's default random numbers depend
 on the position in the array, not on the device: one seed gives the same parameters on every mesh.
+(Not so the ``rbg`` generator. And what XLA cannot divide, it computes whole: the QR decomposition
+of an orthogonal initialiser.)
 """
 
 import logging
@@ -86,7 +88,8 @@ def init(
       mesh: the mesh to create it on.
       rules: logical names → mesh axes; or a function from the abstract result to its specs, as for
         an optimiser state: ``lambda state: optimizer_specs(state, params, param_specs)``.
-      *args: passed on, traced: a random key given here needs no new compile for another seed.
+      *args: passed on, traced: a random key given here is an argument of the compiled program and
+        no constant in it, so that a compilation cache serves every seed.
       on_indivisible: overrides that of the rules.
     """
     jitted, finish = _compile_init(make_model, mesh, rules, args, on_indivisible)

@@ -250,11 +250,13 @@ def test_linen_train_state(mesh):
 
 def test_dict_train_state(mesh):
     params = {"kernel": leaf(4, 8)}
-    state = {"params": params, "opt_state": jax.eval_shape(optax.sgd(0.1, 0.9).init, params)}
+    opt_state = jax.eval_shape(optax.sgd(0.1, 0.9).init, params)
+    state = {"params": params, "opt_state": opt_state, "average": params}
     found = by_path(specs(state, mesh, RULES.for_paths({"^params/kernel": ("embed", "mlp")})))
     assert found == {
         "params/kernel": P("fsdp", "model"),
         "opt_state/0/trace/kernel": P("fsdp", "model"),
+        "average/kernel": P("fsdp", "model"),
     }
 
 
