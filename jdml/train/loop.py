@@ -76,7 +76,8 @@ def fit(
       num_steps: Steps of the whole run, not of this call.
       mesh: The mesh of the step.
       workers: Its worker axis.
-      checkpointer: Where to save every ``save_every`` steps, at the end, and on Ctrl-C or SIGTERM.
+      checkpointer: Where to save every ``save_every`` steps, at the end, and on Ctrl-C or SIGTERM
+        (one process).
       save_every: Steps between checkpoints; 0 saves at the end alone.
       evaluate: Called with the state every ``eval_every`` steps and at the end.
       eval_every: Steps between evaluations; 0 evaluates at the end alone.
@@ -143,6 +144,8 @@ def fit(
             if checkpointer is not None and saving:
                 checkpointer.save(number, state, data=data.state(), wait=last)
                 clock = time.perf_counter()
+            elif checkpointer is not None:
+                checkpointer.check()  # a save in the background may have failed
             if last:
                 break
     return FitResult(state, number == num_steps)
@@ -167,9 +170,16 @@ class _Flag:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[_Flag]:
-    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends it at once.
+
+    With several processes they end it at once: a process that stopped by itself would leave the
+    others waiting, and the newest checkpoint is there to go on from.
+    """
     flag = _Flag()
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
+    if jax.process_count() > 1:
+        yield flag
+        return
 
     def handle(number: int, frame: Any) -> None:
         flag.is_set = True

@@ -1,6 +1,6 @@
 """One training step over a mesh: gradients per worker, then an Optax chain that may exchange.
 
-1. ``vmap(value_and_grad(loss), spmd_axis_name=workers)`` over a worker dim of the batch; every
+1. ``value_and_grad(loss)`` on every worker at once (``jdml.train.gradients.over_workers``); every
    other mesh axis stays automatic.
 2. The chain's ``update`` in a ``shard_map`` that is manual over the worker axis alone.
 3. Collectives open one more region, manual over the other axes (``jdml.communicate.on_shards``).
@@ -20,7 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jdml.communicate import Wire
 from jdml.sharding import Rules, optimizer_specs, use_rules
 from jdml.sharding.paths import leaves_with_paths
-from jdml.train.gradients import Metrics, gradients_of
+from jdml.train.gradients import (
+    Mapping,
+    Metrics,
+    default_mapping,
+    gradients_of,
+    over_workers,
+)
 from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shapes, strong
 from jdml.train.validate import (
     check_arguments,
@@ -51,6 +57,7 @@ def make_step(
     batch_axes: Sequence[str] = (),
     accumulate: int = 1,
     model_state: Literal["mean", "local"] | None = None,
+    mapping: Mapping | None = None,
 ) -> Step:
     """Builds ``init`` and ``step`` of a distributed training run; both are compiled once.
 
@@ -73,6 +80,9 @@ def make_step(
       accumulate: Number of micro-batches whose gradients each worker averages before ``tx``.
       model_state: For models that update state without gradients: ``"mean"`` averages it over the
         workers after every step, ``"local"`` keeps each worker's own.
+      mapping: How gradients are mapped over the workers, ``"vmap"`` or ``"shard_map"``: the same
+        numbers, another compiled program. ``None`` takes what
+        :func:`jdml.train.gradients.default_mapping` gives.
 
     Returns:
       ``(init, step)``. The batch of ``step`` is a pytree of global arrays, placed or not, whose dim
@@ -83,9 +93,18 @@ def make_step(
       ValueError: before anything is compiled: an axis that the mesh lacks, specs that use the
         worker axis, parameters that are not floating, a batch that the workers do not divide.
     """
-    check_arguments(mesh, workers, batch_axes, accumulate, model_state)
+    check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping)
     program = _Program(
-        loss_fn, tx, mesh, workers, specs, rules, tuple(batch_axes), accumulate, model_state
+        loss_fn,
+        tx,
+        mesh,
+        workers,
+        specs,
+        rules,
+        tuple(batch_axes),
+        accumulate,
+        model_state,
+        mapping or default_mapping(mesh, workers),
     )
     step = TrainStep(program)
     return Step(Init(program, step), step)
@@ -176,6 +195,7 @@ class _Program:
         batch_axes: tuple[str, ...],
         accumulate: int,
         model_state: str | None,
+        mapping: Mapping,
     ) -> None:
         self.loss_fn = loss_fn
         self.tx = optax.with_extra_args_support(tx)
@@ -186,6 +206,7 @@ class _Program:
         self.batch_axes = batch_axes
         self.accumulate = accumulate
         self.model_state = model_state
+        self.mapping = mapping
         self.region = WorkerRegion(mesh, workers)
         self.num_workers = mesh.shape[workers]
         self.flags: TrainState | None = None
@@ -282,13 +303,13 @@ class _Program:
             jnp.arange(self.num_workers)
         )
 
-        def axes(flags: PyTree) -> PyTree:
-            return jax.tree.map(lambda flag: 0 if flag else None, flags)
-
-        per_worker_gradients = jax.vmap(
+        per_worker_gradients = over_workers(
             gradients_of(self.loss_fn, self.accumulate, self.model_state is not None),
-            in_axes=(axes(flags.params), axes(flags.model_state), 0, 0),
-            spmd_axis_name=self.workers,
+            self.mesh,
+            self.workers,
+            self.mapping,
+            flags.params,
+            flags.model_state,
         )
         with self.rules_context():
             gradients, losses, metrics, model_state = per_worker_gradients(

@@ -19,7 +19,12 @@ def spec_leaves(specs: PyTree) -> list[PartitionSpec]:
 
 
 def check_arguments(
-    mesh: Mesh, workers: str, batch_axes: Sequence[str], accumulate: int, model_state: str | None
+    mesh: Mesh,
+    workers: str,
+    batch_axes: Sequence[str],
+    accumulate: int,
+    model_state: str | None,
+    mapping: str | None,
 ) -> None:
     """Checks what ``make_step`` was given besides functions and specs."""
     if isinstance(batch_axes, str):
@@ -47,6 +52,8 @@ def check_arguments(
         raise ValueError(
             f"make_step: model_state={model_state!r}; expected None, 'mean' or 'local'."
         )
+    if mapping not in (None, "vmap", "shard_map"):
+        raise ValueError(f"make_step: mapping={mapping!r}; expected None, 'vmap' or 'shard_map'.")
 
 
 def check_params(params: PyTree) -> None:
