@@ -64,7 +64,7 @@ class Config:
     compare: bool = True
     """Also train with the exact mean, and compare; with codec none there is nothing to compare."""
 
-    steps: int = 100
+    steps: int = 160
     batch: int = 32
     """Sequences of one step, over all workers."""
     seq_len: int = 128
@@ -76,9 +76,9 @@ class Config:
     """Largest global norm of the mean gradient."""
     seed: int = 0
 
-    eval_every: int = 25
+    eval_every: int = 40
     eval_batches: int = 8
-    save_every: int = 25
+    save_every: int = 40
     keep: int = 2
     """Checkpoints that stay."""
     sample_tokens: int = 300
