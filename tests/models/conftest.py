@@ -23,18 +23,21 @@ TINY = TransformerConfig(
 
 
 @functools.cache
-def _parts(config: TransformerConfig, seed: int):
+def _params(config: TransformerConfig):
     # Compiled as one program: hundreds of tiny ones would take most of these tests' time.
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(seed))))
-    return graphdef, jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(seed))))()
+    return jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0))))()
 
 
 @pytest.fixture
 def make():
     """``make(**changes)`` is the tiny decoder with another option or two."""
 
-    def build(seed: int = 0, **changes) -> Transformer:
-        return nnx.merge(*_parts(dataclasses.replace(TINY, **changes), seed), copy=True)
+    def build(**changes) -> Transformer:
+        config = dataclasses.replace(TINY, **changes)
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+        # Options of the computation leave the parameters as they are.
+        shapes = {k: v for k, v in changes.items() if k.startswith("num_") or k == "tie_embeddings"}
+        return nnx.merge(graphdef, _params(dataclasses.replace(TINY, **shapes)), copy=True)
 
     return build
 

@@ -11,7 +11,7 @@ from jdml.models.transformer.generate import _generate
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 4, "tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}], ids=str)
 def test_greedy_equals_the_forward_pass_without_a_cache(make, tokens, changes):
     model = make(**changes)
     prompt = tokens[:, :5]
@@ -44,7 +44,8 @@ def test_compiles_once_for_all_temperatures_and_prompts(make, tokens):
     before = _generate._cache_size()
     generate(model, tokens[:, :4], 3, key, temperature=0.7)
     generate(model, tokens[:, 4:8], 3, key, temperature=1.3)
-    generate(make(seed=1), tokens[:, 4:8], 3, key)
+    model.norm.scale[...] = 2 * model.norm.scale[...]
+    generate(model, tokens[:, 4:8], 3, key)
     assert _generate._cache_size() == before + 1
 
 

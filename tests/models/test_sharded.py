@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdml.models import Transformer, generate, next_token_loss
-from jdml.sharding import Rules, init, make_mesh, no_mesh, use_rules
+from jdml.models import generate, next_token_loss
+from jdml.sharding import Rules, make_mesh, no_mesh, shard, specs, use_rules
 from jdml.sharding.compiled import collectives
 
 RULES = Rules(
@@ -18,9 +18,8 @@ RULES = Rules(
 )  # fmt: skip
 
 
-def build(config, mesh, rules):
-    model = init(lambda: Transformer(config, rngs=nnx.Rngs(0)), mesh, rules)
-    graphdef, params = nnx.split(model)
+def place(model, mesh, rules):
+    graphdef, params = nnx.split(shard(model, mesh, specs(model, mesh, rules)))
     return graphdef, nnx.to_pure_dict(params)
 
 
@@ -36,7 +35,7 @@ def loss_of(graphdef, **options):
 def test_gradients_per_worker_equal_those_of_one_device(make, tokens, chunk_size):
     """As a training step takes them: mapped over the workers, divided over ``model``."""
     mesh = make_mesh({"data": 4, "model": 2})
-    graphdef, params = build(make().config, mesh, RULES)
+    graphdef, params = place(make(), mesh, RULES)
     batch = jnp.concatenate([tokens, tokens[::-1] // 2]).reshape(4, 2, 12)
     loss = loss_of(graphdef, chunk_size=chunk_size)
 
@@ -69,7 +68,7 @@ def test_fewer_key_heads_than_devices(make, tokens):
     """Keys and values whole, queries divided: the repeated copies must follow the queries."""
     mesh = make_mesh({"data": 2, "model": 4})
     rules = RULES.replace(kv_heads=None)
-    graphdef, params = build(make().config, mesh, rules)
+    graphdef, params = place(make(), mesh, rules)
     step = jax.jit(jax.value_and_grad(loss_of(graphdef)))
     placed = jax.device_put(tokens, NamedSharding(mesh, P("data")))
     with use_rules(mesh, rules):
@@ -90,7 +89,7 @@ def test_a_divided_sequence(make, tokens):
     """Positions over an axis between the blocks and in the loss, with and without chunks."""
     mesh = make_mesh({"data": 2, "seq": 2, "model": 2})
     rules = RULES.replace(seq="seq")
-    graphdef, params = build(make(flatten_tokens=False).config, mesh, rules)
+    graphdef, params = place(make(flatten_tokens=False), mesh, rules)
     tokens = jnp.concatenate([tokens, tokens[:, :1]], axis=1)
     for chunk_size in (None, 4):
         step = jax.jit(jax.value_and_grad(loss_of(graphdef, chunk_size=chunk_size)))
@@ -108,7 +107,7 @@ def test_a_divided_sequence(make, tokens):
 
 def test_generates_the_same_text_on_a_mesh(make, tokens):
     mesh = make_mesh({"data": 4, "model": 2})
-    graphdef, params = build(make().config, mesh, RULES)
+    graphdef, params = place(make(), mesh, RULES)
     with use_rules(mesh, RULES):
         text = generate(nnx.merge(graphdef, params), tokens, 4, temperature=0)
     with no_mesh():
