@@ -41,9 +41,19 @@ def plot_runs(
         strict=True,
     ):
         for number, (name, rows) in enumerate(runs.items()):
-            colour = f"C{number}"
+            colour, style = (
+                f"C{number}",
+                "-" if number == 0 else (0, (3, 3)),
+            )  # one may hide another
             xs = [row[column] for row in rows]
-            panel.plot(xs, [row["loss"] for row in rows], color=colour, alpha=0.35, linewidth=1)
+            panel.plot(
+                xs,
+                [row["loss"] for row in rows],
+                color=colour,
+                alpha=0.35,
+                linewidth=1,
+                linestyle=style,
+            )
             held_out = [
                 (x, row["val_loss"]) for x, row in zip(xs, rows, strict=True) if "val_loss" in row
             ]
@@ -51,13 +61,14 @@ def plot_runs(
                 *zip(*held_out, strict=True) if held_out else ([], []),
                 color=colour,
                 marker="o",
+                linestyle=style,
                 markersize=4,
                 label=name,
             )
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
         if column == "bytes_sent":
-            panel.xaxis.set_major_formatter(lambda x, _: format_bytes(x))
+            panel.xaxis.set_major_formatter(lambda x, _: format_bytes(x).replace(".00", ""))
     panels[0].set_ylabel(f"loss, {unit}")
     panels[0].legend(title="validation (faint: training)")
     figure.suptitle(title)
@@ -80,8 +91,7 @@ def comparison(name: str, rows: Rows, baseline: str, baseline_rows: Rows, unit: 
 def write_report(
     folder: str | os.PathLike[str], runs: Mapping[str, Rows], lines: Sequence[str], **plot: Any
 ) -> Path:
-    """Writes ``metrics.jsonl`` (rows of all runs), ``loss.png`` and ``summary.txt``; returns the "
-    "folder."""
+    """Writes ``metrics.jsonl`` (all rows), ``loss.png`` and ``summary.txt``; the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.jsonl").open("w") as file:

@@ -136,8 +136,7 @@ class Init:
     def abstract(
         self, params: PyTree, key: jax.Array | int = 0, model_state: PyTree = ()
     ) -> TrainState:
-        """The state's ``ShapeDtypeStruct``s with shardings; also readies ``step`` for such a "
-        "state."""
+        """The state's ``ShapeDtypeStruct``s with shardings; readies ``step`` for such a state."""
         abstract = self._program.plan(params, _typed_key(key), model_state)
         self._step._ready(abstract)
         return abstract
@@ -163,8 +162,7 @@ class TrainStep:
         return self._jitted.lower(state, batch)
 
     def consensus(self, state: TrainState) -> tuple[PyTree, PyTree]:
-        """``(params, model_state)`` without worker dims: the mean over the workers where they "
-        "differ."""
+        """``(params, model_state)`` without worker dims: means over workers where they differ."""
         return self._program.consensus(state)
 
     def _ready(self, abstract: TrainState) -> None:
