@@ -51,14 +51,26 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a metrics file, none if there is no file; a torn last line is left out."""
+    """The rows of a metrics file, none if there is no file; a torn last line is left out.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
     rows = []
     path = Path(path)
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            if rows:
+                break
+            row = None
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(
+                f'{path} is no metrics log: expected lines such as {{"step": 1, ...}}, got '
+                f"{line[:60]!r}. Give another folder; nothing was overwritten."
+            )
+        rows.append(row)
     return rows
 
 

@@ -144,6 +144,15 @@ def test_a_torn_or_later_row_is_dropped(tmp_path):
     assert read_metrics(path) == []
 
 
+@pytest.mark.parametrize("text", ["my notes\n", "[1, 2]\n", '{"loss": 1}\n'])
+def test_another_file_is_not_overwritten(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no metrics log"):
+        MetricsLog(path)
+    assert path.read_text() == text
+
+
 def test_report_compares_and_draws(tmp_path):
     def rows(factor, sent):
         return [
