@@ -56,14 +56,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
     Raises:
       ValueError: the file holds something else.
     """
-    rows = []
-    path = Path(path)
-    for line in path.read_text().splitlines() if path.exists() else ():
+    path, rows = Path(path), []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            if rows:
-                break
             row = None
         if not isinstance(row, dict) or "step" not in row:
             raise ValueError(
