@@ -71,19 +71,21 @@ def next_token_loss(
         chunk_size = inputs.shape[1] if kernel.shape[1] <= _SMALL_VOCABULARY else _CHUNK_SIZE
     weights = jnp.ones(inputs.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
 
-    def total(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def total(kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
         loss = token_losses(model.logits(hidden, kernel), targets)
         return jnp.sum(jnp.where(weights > 0, loss * weights, 0.0))
 
     seq = inputs.shape[1]
     if chunk_size >= seq:
-        sum_losses = total(hidden, targets, weights)
+        sum_losses = total(kernel, hidden, targets, weights)
     else:
         chunks = tuple(_chunks(x, -(-seq // chunk_size)) for x in (hidden, targets, weights))
+        # The loop adds up the kernel's gradient in the dtype of what enters it: not bfloat16.
+        wide = kernel.astype(jnp.float32)
 
         @partial(jax.checkpoint, prevent_cse=False)  # a loop keeps the two passes apart
         def add(carry: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-            return carry + total(*chunk), None
+            return carry + total(wide.astype(kernel.dtype), *chunk), None
 
         sum_losses, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
     return sum_losses / (weights.size if mask is None else jnp.maximum(jnp.sum(weights), 1e-8))

@@ -23,7 +23,7 @@ class TableModel:
         return self.kernel
 
     def logits(self, hidden, kernel):
-        return hidden @ kernel
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 @pytest.fixture
@@ -52,9 +52,8 @@ def test_chunks_change_neither_loss_nor_gradients(params, tokens, mask, chunk_si
     @jax.jit
     def chunked(params):
         given = mask if masked else None
-        return next_token_loss(
-            TableModel(params), tokens, targets, given, chunk_size=chunk_size
-        )  # fmt: skip
+        model = TableModel(params)
+        return next_token_loss(model, tokens, targets, given, chunk_size=chunk_size)
 
     @jax.jit
     def plain(params):
@@ -63,6 +62,19 @@ def test_chunks_change_neither_loss_nor_gradients(params, tokens, mask, chunk_si
 
     got, wanted = (jax.value_and_grad(f)(params) for f in (chunked, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, wanted)
+
+
+def test_many_chunks_do_not_wear_out_a_bfloat16_gradient():
+    """256 gradients of the kernel, each 1/256 of the sum, added in float32."""
+    table, kernel = jax.random.normal(jax.random.key(7), (2, 8, 8))
+    tokens = jax.random.randint(jax.random.key(8), (2, 256), 0, 8)
+
+    def loss(kernel, chunk_size):
+        model = TableModel((table.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)))
+        return next_token_loss(model, tokens, tokens, chunk_size=chunk_size)
+
+    many, once = (jax.jit(jax.grad(loss), static_argnums=1)(kernel, n) for n in (1, 256))
+    np.testing.assert_allclose(many, once, atol=0.01 * float(jnp.abs(once).max()))
 
 
 @pytest.mark.usefixtures("one_device")

@@ -9,13 +9,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdml.models import generate, next_token_loss
-from jdml.sharding import Rules, make_mesh, no_mesh, shard, specs, use_rules
+from jdml.sharding import make_mesh, no_mesh, presets, shard, specs, use_rules
 from jdml.sharding.compiled import collectives
 
-RULES = Rules(
-    batch="data", seq=None, embed=None, heads="model", kv_heads="model", head_dim=None,
-    mlp="model", vocab="model", layers=None,
-)  # fmt: skip
+RULES = presets.tensor()
 
 
 def place(model, mesh, rules):
@@ -42,9 +39,8 @@ def test_gradients_per_worker_equal_those_of_one_device(make, tokens, chunk_size
     @jax.jit
     def per_worker(params, batch):
         with use_rules(mesh, RULES, hide=("data",)):
-            return jax.vmap(
-                jax.value_and_grad(loss), in_axes=(None, 0), spmd_axis_name="data"
-            )(params, batch)  # fmt: skip
+            mapped = jax.vmap(jax.value_and_grad(loss), (None, 0), spmd_axis_name="data")
+            return mapped(params, batch)
 
     placed = jax.device_put(batch, NamedSharding(mesh, P("data")))
     compiled = per_worker.lower(params, placed).compile()

@@ -151,7 +151,8 @@ class Transformer(nnx.Module):
     def head_kernel(self) -> jax.Array:
         """[embed, vocab] in the compute dtype: the head's kernel or the embedding transposed."""
         kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        return kernel.astype(self.config.compute_dtype)
+        # Laid out as activations are: a loop over chunks would gather a divided kernel every time.
+        return constrain(kernel.astype(self.config.compute_dtype), "embed", "vocab")
 
     def _run(
         self, tokens: jax.Array, key: jax.Array | None, cache: Cache | None = None

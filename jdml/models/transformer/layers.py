@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdml.sharding import constrain
+
 
 def param(value: jax.Array, names: tuple[str, ...]) -> nnx.Param:
     """A parameter whose dims have these logical names."""
@@ -87,9 +89,10 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Ids [...] → vectors [..., embed_dim]; NaN for an id outside the vocabulary."""
-        # Gather, then cast: a gather from the cast table would cast it whole.
-        rows = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
-        return rows.astype(dtype)
+        # Laid out as activations are: rows taken from a table whose ``embed`` dim is divided over
+        # an axis of the batch would be exchanged over every axis of the batch.
+        table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")
+        return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -1,0 +1,72 @@
+"""The decoder's gradients compiled ahead of time for a TPU slice; needs libtpu, no TPU."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jdml.models import Transformer, TransformerConfig, next_token_loss
+from jdml.sharding import make_mesh, presets, shardings, specs, use_rules
+from jdml.sharding.compiled import collectives
+
+pytestmark = [
+    pytest.mark.tpu_compile,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not installed"),
+]
+
+
+@pytest.fixture
+def slice_16(monkeypatch):
+    from jax.experimental import topologies
+
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    # A program compiled without its device can be written to the cache and not read back.
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_gradients_per_worker(slice_16, fsdp):
+    """A large vocabulary divided over ``model``, in chunks; workers are silent in the gradient."""
+    mesh = make_mesh({"data": 4 // fsdp, "fsdp": fsdp, "model": 4}, devices=slice_16)
+    rules = presets.fsdp_tensor()
+    config = TransformerConfig(
+        vocab_size=32_768, num_layers=3, embed_dim=512, num_heads=8, num_kv_heads=4, head_dim=64,
+        mlp_dim=1024, dtype="bfloat16",
+    )  # fmt: skip
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    placed = shardings(specs(params, mesh, rules), mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed
+    )
+    workers, seq = mesh.shape["data"], 1024
+    batch = jax.ShapeDtypeStruct(
+        (workers, 4, seq), jnp.int32, sharding=NamedSharding(mesh, P("data", "fsdp"))
+    )
+
+    def loss(params, tokens):
+        return next_token_loss(nnx.merge(graphdef, params), tokens, tokens)
+
+    workers_gradients = jax.vmap(jax.value_and_grad(loss), (None, 0), spmd_axis_name="data")
+
+    @jax.jit
+    def per_worker(params, batch):
+        with use_rules(mesh, rules, hide=("data",)):
+            return workers_gradients(params, batch)
+
+    compiled = per_worker.lower(params, batch).compile()
+    found = collectives(compiled, mesh)
+    assert not [c for c in found if "data" in c.axes]
+    assert {c.kind for c in found if c.axes == ("model",)} <= {"all-reduce", "reduce-scatter"}
+    # The head is put together once, not for every chunk.
+    num_chunks = seq // 128
+    assert not [c for c in found if c.kind == "all-gather" and num_chunks in c.loops]
+    logits = 4 // fsdp * seq * config.vocab_size // 4 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < logits
