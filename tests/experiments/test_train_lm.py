@@ -87,15 +87,14 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, corpus):
     assert {p.name for p in report.iterdir()} == {"metrics.jsonl", "loss.png", "summary.txt"}
 
     killed, newest = tmp_path / "killed", tmp_path / "killed/int8-256-ef/checkpoints/4"
-    process = subprocess.Popen(
-        command(killed, corpus), env=environment(), stdout=subprocess.PIPE, text=True
-    )
     deadline = time.monotonic() + 240
-    while not (newest / "record").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    with subprocess.Popen(
+        command(killed, corpus), env=environment(), stdout=subprocess.DEVNULL
+    ) as process:
+        while not (newest / "record").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
     assert process.returncode == -signal.SIGKILL
 
     again = train(killed, corpus)
