@@ -12,12 +12,13 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test lint bench clean
+.PHONY: help train test test-tpu lint bench clean
 
 help:
 	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
 	@echo 'make test    lint, type check and all tests'
 	@echo 'make lint    ruff and mypy alone'
+	@echo 'make test-tpu  the tests that compile for TPU topologies; needs no TPU, x86 Linux only'
 	@echo 'make bench   the benchmarks, or those in BENCHMARKS=links; links needs root on Linux'
 	@echo 'make clean   remove environments and caches; keeps runs/'
 	@echo 'Options: PYTHON=python3.12 picks the interpreter; ARGS="..." goes to the program that'
@@ -28,6 +29,11 @@ train: $(VENV)/installed-plots
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# In an environment of its own: with libtpu beside it, JAX would look for a TPU everywhere else.
+test-tpu:
+	$(MAKE) VENV=$(VENV)-tpu $(VENV)-tpu/installed-test,tpu
+	$(VENV)-tpu/bin/python -m pytest -m tpu_compile $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

@@ -4,8 +4,14 @@ import os
 from pathlib import Path
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 NUM_DEVICES = 8
+
+# Eight devices that factorise at once, each with a pool of threads, starve each other: a QR of
+# 512 × 512 on each was seen to take minutes. Read when SciPy is first needed, which is later.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
@@ -14,3 +20,25 @@ jax.config.update(
     os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def compiling_for_tpu(request, monkeypatch):
+    """What tests marked ``tpu_compile`` need; nothing for the others."""
+    if request.node.get_closest_marker("tpu_compile") is None:
+        yield
+        return
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # libtpu lets one process at a time hold its lock file; compiling needs no device.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    # A program compiled without its device can be written to the cache and not read back.
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once, then remembers
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()

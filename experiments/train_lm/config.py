@@ -27,7 +27,7 @@ class ScheduleConfig:
     peak: float = 4e-3
     warmup_steps: int = 10
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    final_fraction: float = 0.1
+    final_fraction: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

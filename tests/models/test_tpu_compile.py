@@ -20,16 +20,10 @@ pytestmark = [
 
 
 @pytest.fixture
-def slice_16(monkeypatch):
+def slice_16():
     from jax.experimental import topologies
 
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
-        monkeypatch.setenv(name, value)
-    # A program compiled without its device can be written to the cache and not read back.
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    jax.config.update("jax_enable_compilation_cache", before)
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])

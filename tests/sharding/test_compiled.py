@@ -5,7 +5,6 @@ mesh (a, b, c) or, for two slices, 8 × 4 (d, c), with source locations and most
 notes taken out.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -505,32 +504,11 @@ def test_tpu_ring_through_two_slices():
     assert (inside.axes, inside.between_slices, inside.groups[0]) == (("d",), False, (0, 4))
 
 
-@pytest.fixture
-def no_compilation_cache():
-    """A program for TPU cannot be read back from the cache without one."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX looks at the setting once, then remembers
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
-
-
 @pytest.mark.tpu_compile
-@pytest.mark.usefixtures("no_compilation_cache")
-def test_compile_for_tpu(monkeypatch):
+def test_compile_for_tpu():
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install libtpu")
     from jax.experimental import topologies
 
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        # libtpu lets one process at a time hold its lock file; compiling needs no device.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        monkeypatch.setenv(name, os.environ.get(name, value))
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
     mesh = Mesh(np.array(topology.devices).reshape(4, 2, 2), ("a", "b", "c"))
     sharded = NamedSharding(mesh, P(mesh.axis_names))

@@ -39,11 +39,9 @@ LAYERS, WIDTH = 2, 512
 
 
 @pytest.fixture(params=TOPOLOGIES)
-def mesh(request, monkeypatch):
+def mesh(request):
     from jax.experimental import topologies
 
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
-        monkeypatch.setenv(name, value)
     name, num_slices, shape = TOPOLOGIES[request.param]
     more = {"num_slices": num_slices} if num_slices > 1 else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
