@@ -40,8 +40,7 @@ class Config:
     """auto: go on from the newest checkpoint, if there is one."""
 
     data: Path | None = None
-    """Text file, folder of text, or token file (.bin, .npy); by default Python's standard "
-    "library."""
+    """Text file, folder of text, or token file (.bin, .npy); default: Python's standard library."""
     data_dtype: str | None = None
     """Integer type of the ids in a .bin file, such as uint16."""
     vocab_size: int | None = None
@@ -65,20 +64,27 @@ class Config:
     """Also train with the exact mean, and compare; with codec none there is nothing to compare."""
 
     steps: int = 160
+    """Optimiser steps of the whole run; the schedule spans them."""
     batch: int = 32
     """Sequences of one step, over all workers."""
     seq_len: int = 128
+    """Tokens of a sequence."""
     accumulate: int = 1
     """Micro-batches of a step."""
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     weight_decay: float = 0.1
+    """Of AdamW, on matrices."""
     clip: float = 1.0
     """Largest global norm of the mean gradient."""
     seed: int = 0
+    """Of the parameters, the order of the data and the sample."""
 
     eval_every: int = 40
+    """Steps between evaluations; 0 evaluates at the end alone."""
     eval_batches: int = 8
+    """Batches of one evaluation."""
     save_every: int = 40
+    """Steps between checkpoints; 0 saves at the end alone."""
     keep: int = 2
     """Checkpoints that stay."""
     sample_tokens: int = 300

@@ -67,7 +67,8 @@ def fit(
     steps since the run began, over all its resumptions; compilation, evaluation and saving left
     out), ``tokens_per_second``, ``bytes_per_step`` and ``bytes_sent``, and what ``evaluate`` gave.
     Bytes are what one device sends over axes that include the worker axis, read off the compiled
-    program; a collective that runs only on some steps is counted as if it ran on each.
+    program; a collective that runs only on some steps is counted as if it ran on each, one in a loop
+    of unknown length as if that ran once.
 
     Args:
       step: From :func:`jdml.train.make_step`.
@@ -87,7 +88,7 @@ def fit(
       console: Where to print; by default the standard output of process 0.
     """
     first = int(state.step)
-    log = MetricsLog("metrics.jsonl", write=False) if log is None else log
+    log = MetricsLog(None) if log is None else log
     seconds = log.rows[-1]["seconds"] if log.rows else 0.0
     if console is None:
         console = Console(quiet=jax.process_index() != 0)
@@ -97,7 +98,7 @@ def fit(
     batch = next(data)
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile()
-    sent = bytes_per_axis(collectives(compiled, mesh))
+    sent = bytes_per_axis(collectives(compiled, mesh), unknown_count=1)
     bytes_per_step = sum(n for axes, n in sent.items() if axes is not None and workers in axes)
     console.print(
         f"{name}: compiled in {time.perf_counter() - started:.1f} s; each device sends "

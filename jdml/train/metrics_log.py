@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Row = dict[str, Any]
 
@@ -12,17 +12,23 @@ class MetricsLog:
     """Appends rows ``{"step": ..., ...}`` to a JSON-lines file.
 
     Args:
-      path: The file; its folder is made.
+      path: The file; its folder is made. ``None`` keeps rows in memory alone.
       resume_step: Rows of later steps are dropped first: the run that wrote them went on past its
         last checkpoint, and these steps will be taken again.
-      write: False on every process but one: keeps rows in memory alone.
+      write: False on every process but one: reads the file and leaves it as it is.
+
+    Raises:
+      ValueError: the file holds something else; it is not touched.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_step: int = 0, write: bool = True):
-        self.path = Path(path)
-        self.rows: list[Row] = [r for r in read_metrics(self.path) if r["step"] <= resume_step]
-        self._file = None
-        if write:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, resume_step: int = 0, write: bool = True
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        rows = [] if self.path is None else read_metrics(self.path)
+        self.rows: list[Row] = [row for row in rows if row["step"] <= resume_step]
+        self._file: TextIO | None = None
+        if write and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A new file takes the old one's place whole: a crash leaves one or the other.
             draft = self.path.with_suffix(".draft")
