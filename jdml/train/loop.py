@@ -67,8 +67,8 @@ def fit(
     steps since the run began, over all its resumptions; compilation, evaluation and saving left
     out), ``tokens_per_second``, ``bytes_per_step`` and ``bytes_sent``, and what ``evaluate`` gave.
     Bytes are what one device sends over axes that include the worker axis, read off the compiled
-    program; a collective that runs only on some steps is counted as if it ran on each, one in a loop
-    of unknown length as if that ran once.
+    program; a collective that runs only on some steps is counted as if it ran on each, and one in
+    a loop of unknown length as if that ran once.
 
     Args:
       step: From :func:`jdml.train.make_step`.
