@@ -7,34 +7,19 @@
 4. JAX's types say which leaves of the new state are per worker (``jdml.train.state``).
 """
 
-import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from jdml.communicate import Wire
-from jdml.sharding import Rules, optimizer_specs, use_rules
-from jdml.sharding.paths import leaves_with_paths
-from jdml.train.gradients import (
-    Mapping,
-    Metrics,
-    default_mapping,
-    gradients_of,
-    over_workers,
-)
-from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shapes, strong
-from jdml.train.validate import (
-    check_arguments,
-    check_batch,
-    check_params,
-    check_specs,
-    spec_leaves,
-)
+from jdml.sharding import Rules
+from jdml.train.gradients import Mapping, Metrics, default_mapping
+from jdml.train.program import StepProgram
+from jdml.train.state import TrainState
+from jdml.train.validate import check_arguments
 
 PyTree = Any
 
@@ -94,7 +79,7 @@ def make_step(
         worker axis, parameters that are not floating, a batch that the workers do not divide.
     """
     check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping)
-    program = _Program(
+    program = StepProgram(
         loss_fn,
         tx,
         mesh,
@@ -113,7 +98,7 @@ def make_step(
 class Init:
     """``init(params, key, model_state=()) -> TrainState``: makes the state, sharded."""
 
-    def __init__(self, program: "_Program", step: "TrainStep") -> None:
+    def __init__(self, program: "StepProgram", step: "TrainStep") -> None:
         self._program = program
         self._step = step
 
@@ -145,7 +130,7 @@ class Init:
 class TrainStep:
     """``step(state, batch) -> (state, metrics)``: one compiled step, the state donated."""
 
-    def __init__(self, program: "_Program") -> None:
+    def __init__(self, program: "StepProgram") -> None:
         self._program = program
         self._jitted: Any = None
         self._signature: Any = None
@@ -179,228 +164,9 @@ class TrainStep:
         )
 
 
-class _Program:
-    """The traced functions; knows the layout once :meth:`plan` has run."""
-
-    def __init__(
-        self,
-        loss_fn: Callable[..., tuple[jax.Array, Any]],
-        tx: optax.GradientTransformation,
-        mesh: Mesh,
-        workers: str,
-        specs: PyTree | None,
-        rules: Rules | None,
-        batch_axes: tuple[str, ...],
-        accumulate: int,
-        model_state: str | None,
-        mapping: Mapping,
-    ) -> None:
-        self.loss_fn = loss_fn
-        self.tx = optax.with_extra_args_support(tx)
-        self.mesh = mesh
-        self.workers = workers
-        self.specs = specs
-        self.rules = rules
-        self.batch_axes = batch_axes
-        self.accumulate = accumulate
-        self.model_state = model_state
-        self.mapping = mapping
-        self.region = WorkerRegion(mesh, workers)
-        self.num_workers = mesh.shape[workers]
-        self.flags: TrainState | None = None
-        self.param_specs: PyTree = None
-
-    # Layout
-
-    def plan(self, params: PyTree, key: jax.Array, model_state: PyTree) -> TrainState:
-        """Finds out where every leaf lives; returns the abstract state with shardings."""
-        check_params(params)
-        if (self.model_state is None) != (not jax.tree.leaves(model_state)):
-            raise ValueError(
-                f"make_step(model_state={self.model_state!r}) but init got "
-                f"{len(jax.tree.leaves(model_state))} leaves of model state. Give both or neither: "
-                "'mean' or 'local' to make_step, and the initial state to init."
-            )
-        given = jax.tree.map(_spec_of_array, params) if self.specs is None else self.specs
-        self.param_specs = check_specs(params, given, self.mesh, self.workers)
-        self._wire_specs = tuple(
-            (path, spec)
-            for (path, _), spec in zip(
-                leaves_with_paths(params), spec_leaves(self.param_specs), strict=True
-            )
-        )
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-        def update(gradients: PyTree, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
-            return self.update(gradients, params, opt_state, jnp.zeros(()), jax.random.key(0))
-
-        opt_state, params_flags, opt_flags = find_storage(
-            self.region, lambda p: strong(self.tx.init(p)), update, shapes
-        )
-        local = self.model_state == "local"
-        self.flags = TrainState(
-            False, params_flags, opt_flags, jax.tree.map(lambda _: local, model_state), False
-        )
-        abstract = TrainState(
-            step=jax.ShapeDtypeStruct((), jnp.int32),
-            params=shapes,
-            opt_state=opt_state,
-            model_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model_state),
-            key=jax.ShapeDtypeStruct(key.shape, key.dtype),
-        )
-        state_specs = TrainState(
-            step=PartitionSpec(),
-            params=self.param_specs,
-            opt_state=optimizer_specs(opt_state, shapes, self.param_specs),
-            model_state=jax.tree.map(lambda _: PartitionSpec(), model_state),
-            key=PartitionSpec(),
-        )
-        stacked = stack_shapes(abstract, self.flags, self.num_workers)
-        leaves, treedef = jax.tree.flatten(stacked)
-        placed = [
-            jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                sharding=NamedSharding(
-                    self.mesh, PartitionSpec(self.workers, *spec) if flag else spec
-                ),
-            )
-            for x, spec, flag in zip(
-                leaves, spec_leaves(state_specs), jax.tree.leaves(self.flags), strict=True
-            )
-        ]
-        return jax.tree.unflatten(treedef, placed)
-
-    # Traced functions
-
-    def initial_state(self, params: PyTree, key: jax.Array, model_state: PyTree) -> TrainState:
-        assert self.flags is not None
-
-        def on_worker(params: PyTree, model_state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-            return params, strong(self.tx.init(params)), model_state
-
-        # Copies: an output that is an input would be deleted when the state is donated.
-        params, model_state = jax.tree.map(jnp.copy, (params, model_state))
-        once = jax.tree.map(lambda _: False, (params, model_state))
-        new_params, opt_state, new_model_state = self.region.run(
-            on_worker,
-            (params, model_state),
-            once,
-            (self.flags.params, self.flags.opt_state, self.flags.model_state),
-        )
-        return TrainState(
-            jnp.zeros((), jnp.int32), new_params, opt_state, new_model_state, jnp.copy(key)
-        )
-
-    def step(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
-        assert self.flags is not None
-        flags = self.flags
-        key = jax.random.fold_in(state.key, state.step)
-        workers_key, update_key = jax.random.split(key)
-        worker_keys = jax.vmap(lambda i: jax.random.fold_in(workers_key, i))(
-            jnp.arange(self.num_workers)
-        )
-
-        per_worker_gradients = over_workers(
-            gradients_of(self.loss_fn, self.accumulate, self.model_state is not None),
-            self.mesh,
-            self.workers,
-            self.mapping,
-            flags.params,
-            flags.model_state,
-        )
-        with self.rules_context():
-            gradients, losses, metrics, model_state = per_worker_gradients(
-                state.params, state.model_state, self.split_batch(batch), worker_keys
-            )
-        gradients = jax.tree.map(
-            lambda g, spec: self.constrain(g, PartitionSpec(self.workers, *spec)),
-            gradients,
-            self.param_specs,
-        )
-        loss = jnp.mean(losses, axis=0)
-        everywhere = jax.tree.map(lambda _: True, gradients)
-        params, opt_state = self.region.run(
-            self.update,
-            (gradients, state.params, state.opt_state, loss, update_key),
-            (everywhere, flags.params, flags.opt_state, False, False),
-            (flags.params, flags.opt_state),
-        )
-        if self.model_state == "mean":
-            model_state = jax.tree.map(_mean_over_workers, model_state)
-        metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
-        state = TrainState(state.step + 1, params, opt_state, strong(model_state), state.key)
-        return state, {"loss": loss, **metrics}
-
-    def update(
-        self, gradients: PyTree, params: PyTree, opt_state: PyTree, loss: jax.Array, key: jax.Array
-    ) -> tuple[PyTree, PyTree]:
-        """The chain and its result applied, on one worker (inside the worker region)."""
-        others = tuple(a for a in self.mesh.axis_names if a != self.workers)
-        wire = Wire(key, others, self._wire_specs)
-        updates, opt_state = self.tx.update(gradients, opt_state, params, wire=wire, value=loss)
-        return strong(optax.apply_updates(params, updates)), strong(opt_state)
-
-    def split_batch(self, batch: PyTree) -> PyTree:
-        """``[batch, ...]`` to ``[workers, (accumulate,) batch per worker, ...]``."""
-        inner = math.prod(self.mesh.shape[a] for a in self.batch_axes)
-        check_batch(batch, self.workers, self.num_workers, self.accumulate, self.batch_axes, inner)
-
-        def split(x: jax.Array) -> jax.Array:
-            x = jnp.asarray(x)
-            size = x.shape[0] // (self.num_workers * self.accumulate)
-            within = self.batch_axes or None
-            if self.accumulate == 1:
-                x = x.reshape(self.num_workers, size, *x.shape[1:])
-                return self.constrain(x, PartitionSpec(self.workers, within))
-            # Micro-batch i takes every accumulate-th sample, so that no sample changes its device.
-            x = x.reshape(self.num_workers, size, self.accumulate, *x.shape[1:]).swapaxes(1, 2)
-            return self.constrain(x, PartitionSpec(self.workers, None, within))
-
-        return jax.tree.map(split, batch)
-
-    def consensus(self, state: TrainState) -> tuple[PyTree, PyTree]:
-        assert self.flags is not None
-        flags = (self.flags.params, self.flags.model_state)
-        trees = (state.params, state.model_state)
-        if not any(jax.tree.leaves(flags)):
-            return trees
-        return _consensus(trees, tuple(jax.tree.leaves(flags)))
-
-    def rules_context(self) -> contextlib.AbstractContextManager[None]:
-        """The rules for ``constrain`` in the loss, where the worker axis is mapped already."""
-        if self.rules is None:
-            return contextlib.nullcontext()
-        return use_rules(self.mesh, self.rules, hide=(self.workers,))
-
-    def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-
-def _consensus_of(trees: PyTree, flags: tuple[bool, ...]) -> PyTree:
-    leaves, treedef = jax.tree.flatten(trees)
-    means = [_mean_over_workers(x) if f else x for x, f in zip(leaves, flags, strict=True)]
-    return jax.tree.unflatten(treedef, means)
-
-
-_consensus = jax.jit(_consensus_of, static_argnums=1)
-
-
-def _mean_over_workers(x: jax.Array) -> jax.Array:
-    """Mean over dim 0; counters and the like, which are equal everywhere, are taken as they are."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.mean(x, axis=0, dtype=jnp.float32).astype(x.dtype)
-    return x[0]
-
-
 def _typed_key(key: jax.Array | int) -> jax.Array:
     if isinstance(key, int):
         return jax.random.key(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(key)
     return key
-
-
-def _spec_of_array(x: Any) -> PartitionSpec:
-    sharding = getattr(x, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
