@@ -63,7 +63,7 @@ class Config:
     compare: bool = True
     """Also train with the exact mean, and compare; with codec none there is nothing to compare."""
 
-    steps: int = 160
+    steps: int = 200
     """Optimiser steps of the whole run; the schedule spans them."""
     batch: int = 32
     """Sequences of one step, over all workers."""
@@ -79,11 +79,11 @@ class Config:
     seed: int = 0
     """Of the parameters, the order of the data and the sample."""
 
-    eval_every: int = 40
+    eval_every: int = 50
     """Steps between evaluations; 0 evaluates at the end alone."""
     eval_batches: int = 8
     """Batches of one evaluation."""
-    save_every: int = 40
+    save_every: int = 50
     """Steps between checkpoints; 0 saves at the end alone."""
     keep: int = 2
     """Checkpoints that stay."""
