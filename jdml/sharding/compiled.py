@@ -116,7 +116,7 @@ def collectives(
     if not text:
         raise ValueError("expected a compiled program with HLO text, got one without any text")
     module = hlo.parse(text)
-    found = list(_walk(module, hlo.Frame(module.computations[module.entry]), (), False))
+    found = list(_walk(module, hlo.Frame(module.computations[module.entry]), (), False, set()))
     if not found:
         return []
     places = None if mesh is None else Places(module, mesh, _device_order(compiled))
@@ -181,12 +181,15 @@ def _communicates(this: hlo.Instruction) -> bool:
 
 
 def _walk(
-    module: hlo.Module, frame: hlo.Frame, loops: tuple[int | None, ...], conditional: bool
+    module: hlo.Module,
+    frame: hlo.Frame,
+    loops: tuple[int | None, ...],
+    conditional: bool,
+    started: set[str],  # shared by all frames: a chain may start before a loop and go on inside
 ) -> Iterator[_Found]:
     called: dict[str, list[tuple[str, str]]] = {}
     for this, name, role in hlo.calls(module, frame):
         called.setdefault(this.name, []).append((name, role))
-    started: set[str] = set()
     for this in frame.computation.instructions.values():
         if _communicates(this):
             yield frame, this, loops, conditional
@@ -198,7 +201,7 @@ def _walk(
                 if role == "condition" and trips is not None:
                     trips += 1  # tested once more than it runs
                 turns = (*loops, trips)
-            for item in _walk(module, inner, turns, conditional or role == "branch"):
+            for item in _walk(module, inner, turns, conditional or role == "branch", started):
                 key = _chain(item[1])
                 if role == "fusion" and key is not None and not _is_first(inner, key, started):
                     continue

@@ -484,6 +484,26 @@ def two_slices():
     return Mesh(np.array(devices).reshape(8, 4), ("d", "c"))
 
 
+def test_tpu_chain_that_starts_before_a_loop_is_counted_once():
+    """What computes meanwhile may be a loop: each turn repeats the collective in its text."""
+    before, name, after = excerpt("async_fusion").partition("ENTRY ")
+    kind = r"(%fusion.4 = )(\(.*?\)) fusion\(.*(calls=%async_collective_fusion.4)"
+    loop = (
+        r"\1\2 while(%async-collective-start), condition=%turns, body=%turn, "
+        r'backend_config={"known_trip_count":{"n":"8"}}'
+    )
+    shape = re.search(kind, after)[2]
+    after = re.sub(kind + ".*", loop, after)
+    before += (
+        f"%turn (p: {shape}) -> {shape} {{\n  %p = {shape} parameter(0)\n"
+        f"  ROOT %f = {shape} fusion(%p), kind=kCustom, calls=%async_collective_fusion.4\n}}\n\n"
+        f"%turns (q: {shape}) -> pred[] {{\n  %q = {shape} parameter(0)\n"
+        f"  ROOT %r = pred[] constant(true)\n}}\n\n"
+    )
+    (found,) = collectives(before + name + after)
+    assert (found.kind, found.loops, found.count) == ("all-gather", (), 1)
+
+
 def test_tpu_slices_exchange_through_the_host():
     listed = collectives(excerpt("two_slices"), two_slices())
     rows = [(c.kind, c.axes, c.partial, c.sent_bytes, c.between_slices) for c in listed]
