@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdml.aggregate.mean_gradients import exchange_mean
+from jdml.aggregate.mean_gradients import exchange_mean, zeros_f32
 from jdml.communicate import Wire, per_worker
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import check_exchange
@@ -59,7 +59,7 @@ def average_params(
     parameters, shared; with error feedback an f32 residual per worker.
 
     Raises:
-      ValueError: ``every`` is not an int >= 1.
+      ValueError: ``every`` is not an int >= 1; ``codec`` or ``topology`` is not one.
 
     Reference: Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019; Douillard et
     al., "DiLoCo", 2023 (``outer=optax.sgd(0.7, momentum=0.9, nesterov=True)``, ``every=500``).
@@ -80,9 +80,7 @@ def average_params(
             # A copy: the parameters' own buffers are donated.
             anchor=jax.tree.map(jnp.copy, params) if anchored else (),
             outer=() if optimizer is None else optimizer.init(params),
-            residual=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-            if feedback
-            else (),
+            residual=zeros_f32(params) if feedback else (),
         )
 
     def update(

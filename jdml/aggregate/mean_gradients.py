@@ -46,7 +46,7 @@ def mean_gradients(
     feedback = isinstance(codec, ErrorFeedback)
 
     def init(params: PyTree) -> MeanGradientsState:
-        return MeanGradientsState(_zeros_f32(params) if feedback else ())
+        return MeanGradientsState(zeros_f32(params) if feedback else ())
 
     def update(
         updates: PyTree,
@@ -91,5 +91,6 @@ def exchange_mean(
     return mean, ()
 
 
-def _zeros_f32(params: PyTree) -> PyTree:
+def zeros_f32(params: PyTree) -> PyTree:
+    """A first residual: f32, shaped and placed like ``params``."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
