@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdml.aggregate.mean_gradients import exchange_mean, zeros_f32
 from jdml.communicate import Wire, per_worker
-from jdml.communicate.codecs import Codec
-from jdml.communicate.collectives.all_reduce import check_exchange
-from jdml.communicate.error_feedback import ErrorFeedback
+from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
+from jdml.communicate.exchange import exchange_mean, init_exchange
 
 PyTree = Any
 
@@ -34,10 +32,10 @@ class AverageParamsState(NamedTuple):
 
 
 def average_params(
-    axis: str,
+    axis: Axis,
     every: int,
     outer: optax.GradientTransformation | None = None,
-    codec: Codec | ErrorFeedback | None = None,
+    codec: Content = None,
     topology: str = "two_phase",
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the workers' models after every ``every`` local steps; last in the chain.
@@ -71,7 +69,6 @@ def average_params(
         )
     check_exchange("average_params", axis, codec, topology)
     anchored = outer is not None or codec is not None
-    feedback = isinstance(codec, ErrorFeedback)
     optimizer = None if outer is None else optax.with_extra_args_support(outer)
 
     def init(params: PyTree) -> AverageParamsState:
@@ -80,7 +77,7 @@ def average_params(
             # A copy: the parameters' own buffers are donated.
             anchor=jax.tree.map(jnp.copy, params) if anchored else (),
             outer=() if optimizer is None else optimizer.init(params),
-            residual=zeros_f32(params) if feedback else (),
+            residual=init_exchange(codec, params),
         )
 
     def update(

@@ -72,18 +72,22 @@ def on_shards(
     )(*trees, *extras)
 
 
-def per_worker(tree: PyTree, axis: str) -> PyTree:
+def per_worker(tree: PyTree, axis: str | tuple[str, ...]) -> PyTree:
     """Marks every leaf as one that may differ from worker to worker; the values stay."""
 
+    names = (axis,) if isinstance(axis, str) else axis
+
     def mark(x: jax.Array) -> jax.Array:
-        return x if varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
+        missing = tuple(a for a in names if a not in varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, tree)
 
 
-def varies(x: jax.Array, axis: str) -> bool:
+def varies(x: jax.Array, axis: str | tuple[str, ...]) -> bool:
     """Whether JAX's type of ``x`` says that it may differ along ``axis`` (inside ``shard_map``)."""
-    return axis in varying_axes(x)
+    names = (axis,) if isinstance(axis, str) else axis
+    return not varying_axes(x).isdisjoint(names)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Wire formats: pure encoders from rows of floats to packed payloads, and back."""
 
 from jdml.communicate.codecs.base import Codec as Codec
+from jdml.communicate.codecs.base import Encoded as Encoded
 from jdml.communicate.codecs.base import Payload as Payload
 from jdml.communicate.codecs.int8 import Int8 as Int8
 from jdml.communicate.codecs.int8 import int8 as int8

@@ -27,7 +27,7 @@ class Int8(Codec):
     def granularity(self) -> int:
         return self.block
 
-    def encode(self, rows: jax.Array, key: jax.Array | None = None) -> dict[str, jax.Array]:
+    def encode_rows(self, rows: jax.Array, key: jax.Array | None = None) -> dict[str, jax.Array]:
         del key  # rounds to nearest
         num_rows, length = rows.shape
         blocks = rows.astype(jnp.float32).reshape(num_rows, length // self.block, self.block)
@@ -41,7 +41,7 @@ class Int8(Codec):
         values = jnp.round(quotient).astype(jnp.int8)
         return {"values": values.reshape(num_rows, length), "scales": scale}
 
-    def decode(self, payload: dict[str, jax.Array], length: int) -> jax.Array:
+    def decode_rows(self, payload: dict[str, jax.Array], length: int) -> jax.Array:
         values, scales = payload["values"], payload["scales"]
         num_rows = values.shape[0]
         blocks = values.reshape(num_rows, length // self.block, self.block).astype(jnp.float32)

@@ -1,25 +1,39 @@
 """All-reduce of a mean, exact or compressed, for use inside any ``shard_map``."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jdml.communicate.buckets import map_in_buckets
 from jdml.communicate.codecs import Codec
-from jdml.communicate.codecs.packing import pack, unpack
-from jdml.communicate.collectives.buckets import map_in_buckets
+from jdml.communicate.codecs.reducer import Reducer
+from jdml.communicate.collectives.two_phase import two_phase
 from jdml.communicate.error_feedback import ErrorFeedback
 from jdml.sharding.paths import leaves_with_paths
 
 PyTree = Any
+Axis = str | tuple[str, ...]
+Content = Codec | ErrorFeedback | Reducer | None
+"""What workers may say to each other: everything, codes, codes with their error fed back, …"""
+AllReduce = Callable[
+    [jax.Array, Axis, Codec, jax.Array | None, ErrorFeedback | None],
+    tuple[jax.Array, jax.Array | None],
+]
+"""``(f32 vector, axis, codec, key, feedback) -> (mean, what it still owes or None)``.
 
-TOPOLOGIES = ("two_phase",)
+The residuals that a topology returns, averaged over the workers, are what the mean still owes.
+"""
+
+TOPOLOGIES: Mapping[str, AllReduce] = MappingProxyType({"two_phase": two_phase})
 
 
 def all_reduce_mean(
     x: PyTree,
-    axis: str,
-    codec: Codec | ErrorFeedback | None = None,
+    axis: Axis,
+    codec: Content = None,
     topology: str = "two_phase",
     *,
     key: jax.Array | None = None,
@@ -35,13 +49,14 @@ def all_reduce_mean(
     Args:
       x: Array or pytree of float arrays of any shape, as each device holds them.
       axis: Name of the worker axis, bound by the surrounding ``shard_map``.
-      codec: ``None``, a codec, or ``error_feedback(codec)``.
+      codec: ``None``, a codec, ``error_feedback(codec)``, or a reducer such as ``power_sgd(4)``.
       topology: How the workers are connected: ``"two_phase"``.
       key: PRNG key, the same on every worker; needed by codecs that draw random numbers.
-      residual: With ``error_feedback``: f32, shaped like ``x`` (zeros at first), per worker.
+      residual: With ``error_feedback``: f32, shaped like ``x`` (zeros at first), per worker. With
+        a reducer: its state, ``codec.init(x)`` at first; without it the round stands alone.
 
     Returns:
-      The mean, in the dtypes of ``x``, unvarying over ``axis``. With ``error_feedback``: ``(mean,
+      The mean, in the dtypes of ``x``, unvarying over ``axis``. With ``residual``: ``(mean,
       residual for the next round)``.
 
     Raises:
@@ -52,14 +67,18 @@ def all_reduce_mean(
     blocks.
     """
     num_workers = _check(x, axis, codec, topology, key, residual)
-    feedback = isinstance(codec, ErrorFeedback)
+    if isinstance(codec, Reducer):
+        state = codec.init(x) if residual is None else residual
+        mean, state = codec.reduce_mean(x, state, axis, key)
+        return mean if residual is None else (mean, state)
+    feedback = codec if isinstance(codec, ErrorFeedback) else None
     inner = codec.codec if isinstance(codec, ErrorFeedback) else codec
     leaves, treedef = jax.tree.flatten(x)
+    owed = jax.tree.leaves(residual)
     if inner is None or num_workers == 1:
         means = [_exact_mean(leaf, axis) for leaf in leaves]
         # A lone worker says nothing, so it owes nothing: what it still owed is paid now.
         if feedback:
-            owed = jax.tree.leaves(residual)
             means = [
                 _exact_mean(a.astype(jnp.float32) + e, axis).astype(a.dtype)
                 for a, e in zip(leaves, owed, strict=True)
@@ -70,101 +89,40 @@ def all_reduce_mean(
         def exchange(number: int, *vectors: jax.Array) -> tuple[jax.Array, ...]:
             bucket_key = None if key is None else jax.random.fold_in(key, number)
             vector = vectors[0] + vectors[1] if feedback else vectors[0]
-            two_sided = isinstance(codec, ErrorFeedback) and codec.two_sided
-            return _two_phase(vector, axis, inner, bucket_key, feedback, two_sided)
+            mean, error = TOPOLOGIES[topology](vector, axis, inner, bucket_key, feedback)
+            return (mean,) if error is None else (mean, error)
 
-        trees = [leaves, jax.tree.leaves(residual)] if feedback else [leaves]
-        results = map_in_buckets(exchange, trees, inner.granularity)
+        results = map_in_buckets(exchange, [leaves, owed] if feedback else [leaves], inner)
         means = [m.astype(leaf.dtype) for m, leaf in zip(results[0], leaves, strict=True)]
         rest = results[-1]
     mean = jax.tree.unflatten(treedef, means)
     return (mean, jax.tree.unflatten(treedef, rest)) if feedback else mean
 
 
-def check_exchange(
-    name: str, axis: str, codec: Codec | ErrorFeedback | None, topology: str
-) -> None:
+def check_exchange(name: str, axis: Axis, codec: Content, topology: str) -> None:
     """Raises unless these can describe an all-reduce; ``name`` is the caller's, for the message."""
-    if not isinstance(axis, str):
-        raise ValueError(f"{name}: axis={axis!r}; expected the name of a mesh axis, a str.")
+    names = (axis,) if isinstance(axis, str) else axis
+    if not isinstance(names, tuple) or not names or not all(isinstance(a, str) for a in names):
+        raise ValueError(
+            f"{name}: axis={axis!r}; expected the name of a mesh axis, or a tuple of names."
+        )
     if topology not in TOPOLOGIES:
-        raise ValueError(f"{name}: topology={topology!r} is not one of {TOPOLOGIES}.")
-    if not (codec is None or isinstance(codec, (Codec, ErrorFeedback))):
+        raise ValueError(f"{name}: topology={topology!r} is not one of {tuple(TOPOLOGIES)}.")
+    if not (codec is None or isinstance(codec, (Codec, ErrorFeedback, Reducer))):
         raise ValueError(
             f"{name}: codec={codec!r} is not a codec. Expected None, a codec such as int8(), or "
             "error_feedback(int8()); did you forget to call the factory?"
         )
 
 
-def _exact_mean(x: jax.Array, axis: str) -> jax.Array:
+def _exact_mean(x: jax.Array, axis: Axis) -> jax.Array:
     return jax.lax.pmean(x.astype(jnp.float32), axis).astype(x.dtype)
-
-
-def _two_phase(
-    vector: jax.Array,
-    axis: str,
-    codec: Codec,
-    key: jax.Array | None,
-    feedback: bool,
-    two_sided: bool,
-) -> tuple[jax.Array, ...]:
-    """Mean of an f32 vector (and its new residual) by all-to-all and all-gather of payloads."""
-    num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    size = vector.size
-    fill = -size % (num_workers * codec.granularity)
-    if fill:
-        vector = jnp.concatenate([vector, jnp.zeros(fill, vector.dtype)])
-    rows = vector.reshape(num_workers, -1)
-    # Barriers: fused into its users, an array would be computed once for each of them.
-    rows = jax.lax.optimization_barrier(rows)
-    length = rows.shape[1]
-    own = (jnp.arange(num_workers) == me)[:, None]
-    key_out = key_back = None
-    if key is not None:
-        # Different on every worker, the same on every device of the other axes, so that leaves
-        # that are replicated there stay equal.
-        key_out, key_back = jax.random.split(jax.random.fold_in(key, me))
-
-    payload = jax.lax.optimization_barrier(codec.encode(rows, key_out))
-    received = jax.lax.all_to_all(pack(payload), axis, 0, 0, tiled=True)
-    shares = codec.decode(unpack(received, payload), length)
-    chunk = jax.lax.optimization_barrier(_mean_rows(jnp.where(own, rows, shares)))
-
-    chunk_payload = jax.lax.optimization_barrier(codec.encode(chunk, key_back))
-    gathered = jax.lax.all_gather(pack(chunk_payload), axis, tiled=True, to="invarying")
-    mean = codec.decode(unpack(gathered, chunk_payload), length).reshape(-1)[:size]
-    if not feedback:
-        return (mean,)
-
-    error = rows - codec.decode(payload, length)
-    owner_error = jnp.zeros_like(chunk)
-    if two_sided:
-        owner_error = num_workers * (chunk - codec.decode(chunk_payload, length))
-    error = jnp.where(jnp.isfinite(error), error, 0)
-    owner_error = jnp.where(jnp.isfinite(owner_error), owner_error, 0)
-    error = jax.lax.dynamic_update_slice_in_dim(error, owner_error, me, 0)
-    return mean, error.reshape(-1)[:size]
-
-
-def _mean_rows(rows: jax.Array) -> jax.Array:
-    """``[num_rows, length]`` to ``[1, length]``.
-
-    Row by row where they are few: XLA's CPU reduction over the leading dim was measured at 0.6 GB/s
-    (jax 0.10.2), twenty times slower than these additions, which fuse with the decoding.
-    """
-    num_rows = rows.shape[0]
-    if num_rows > 32:
-        return jnp.mean(rows, axis=0, keepdims=True)
-    total = rows[0]
-    for k in range(1, num_rows):
-        total = total + rows[k]
-    return (total / num_rows)[None]
 
 
 def _check(
     x: PyTree,
-    axis: str,
-    codec: Codec | ErrorFeedback | None,
+    axis: Axis,
+    codec: Content,
     topology: str,
     key: jax.Array | None,
     residual: PyTree | None,
@@ -191,7 +149,7 @@ def _check(
                 "all_reduce_mean: error feedback needs residual=, f32 and shaped like x; start "
                 "from zeros and pass the returned residual to the next round."
             )
-    elif residual is not None:
+    elif residual is not None and not isinstance(codec, Reducer):
         raise ValueError("all_reduce_mean: residual= is used only with codec=error_feedback(...).")
     try:
         return int(jax.lax.axis_size(axis))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jdml.communicate.codecs.base import Codec, fill_up
 from jdml.communicate.wire import varying_axes
 
 BUCKET_ELEMENTS = 1 << 20
@@ -15,7 +16,7 @@ BUCKET_ELEMENTS = 1 << 20
 def map_in_buckets(
     exchange: Callable[..., tuple[jax.Array, ...]],
     trees: Sequence[Sequence[jax.Array]],
-    granularity: int,
+    codec: Codec,
     bucket_elements: int = BUCKET_ELEMENTS,
 ) -> tuple[list[jax.Array], ...]:
     """Applies a function of vectors to leaves joined into 1-D f32 vectors.
@@ -24,15 +25,16 @@ def map_in_buckets(
       exchange: Takes the bucket's index and one f32 vector per entry of ``trees``; returns as many
         of the same length.
       trees: Lists of leaves, equal in shape from list to list.
-      granularity: Each leaf starts at a multiple of this, so that no block holds two leaves.
+      codec: Each leaf starts at a multiple of its granularity, so that no block holds two leaves.
       bucket_elements: Greatest length of a bucket that holds more than one leaf.
 
     Returns:
       As many lists of f32 leaves; an empty leaf comes back empty.
     """
+    granularity = codec.granularity
     outputs = [[jnp.zeros(x.shape, jnp.float32) for x in leaves] for leaves in trees]
     for number, members in enumerate(_plan(trees, granularity, bucket_elements)):
-        vectors = [_join([leaves[i] for i in members], granularity) for leaves in trees]
+        vectors = [_join([leaves[i] for i in members], codec) for leaves in trees]
         results = exchange(number, *vectors)
         for out, vector in zip(outputs, results, strict=True):
             start = 0
@@ -71,15 +73,10 @@ def _ceil(size: int, granularity: int) -> int:
     return math.ceil(size / granularity) * granularity
 
 
-def _join(leaves: Sequence[jax.Array], granularity: int) -> jax.Array:
-    """Flat f32 leaves one after the other, each filled up with zeros to whole blocks.
-
-    Joined rather than padded: XLA's CPU code for a fused pad decides element by element.
-    """
-    parts = []
-    for leaf in leaves:
-        parts.append(leaf.astype(jnp.float32).reshape(-1))
-        fill = _ceil(leaf.size, granularity) - leaf.size
-        if fill:
-            parts.append(jnp.zeros(fill, jnp.float32))
+def _join(leaves: Sequence[jax.Array], codec: Codec) -> jax.Array:
+    """Flat f32 leaves one after the other, each filled up to whole blocks."""
+    parts = [
+        fill_up(leaf.astype(jnp.float32).reshape(-1), codec.granularity, codec.fill)
+        for leaf in leaves
+    ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
