@@ -7,9 +7,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jdml.aggregate import average_params, mean_gradients
+from jdml.aggregate import (
+    average_params,
+    backup_workers,
+    consensus_admm,
+    elastic_average,
+    mean_gradients,
+    prox_l2,
+)
 from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int8
 
@@ -26,15 +34,25 @@ class Method(NamedTuple):
       make: The chain around an inner optimiser.
       reference: ``(gradient, inner, params, num_workers, num_steps) -> params of each worker``.
       tolerance: Greatest difference from the reference: rounding, or what the codec loses.
+      lone_worker_is_inner: Whether one worker alone does what the inner optimiser does, no more.
     """
 
     make: Callable[[optax.GradientTransformation], optax.GradientTransformation]
     reference: Callable[..., list[Any]]
     tolerance: float = 1e-5
+    lone_worker_is_inner: bool = True
 
 
 def mean(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+
+
+def subtract(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x - y, a, b)
+
+
+def scaled(factor: float) -> Callable[[Any], Any]:
+    return lambda tree: jax.tree.map(lambda x: factor * x, tree)
 
 
 def synchronous(gradient: Gradient, inner: Any, params: Any, num_workers: int, num_steps: int):
@@ -58,12 +76,76 @@ def local(every: int, outer: Any = None):
             if (i + 1) % every == 0:
                 average = mean([params for params, _ in workers])
                 if outer is not None:
-                    delta = jax.tree.map(lambda a, b: a - b, anchor, average)
+                    delta = subtract(anchor, average)
                     updates, outer_state = outer.update(delta, outer_state, anchor)
                     average = optax.apply_updates(anchor, updates)
                 anchor = average
                 workers = [(anchor, state) for _, state in workers]
         return [params for params, _ in workers]
+
+    return reference
+
+
+def without_the_missing(gradient, inner, params, num_workers, num_steps):
+    state = inner.init(params)
+    for i in range(num_steps):
+        missing = i % num_workers if num_workers > 1 else None
+        g = mean([gradient(params, i, k) for k in range(num_workers) if k != missing])
+        updates, state = inner.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return [params] * num_workers
+
+
+def one_missing(key, step, num_workers):
+    """Worker ``step mod N`` never arrives, unless it is the only one."""
+    missing = (jnp.arange(num_workers) == step % num_workers) & (num_workers > 1)
+    return jnp.where(missing, jnp.inf, 0.0)
+
+
+def elastic(every: int, alpha: float):
+    def reference(gradient, inner, params, num_workers, num_steps):
+        center = params
+        workers: list[Worker] = [(params, inner.init(params)) for _ in range(num_workers)]
+        for i in range(num_steps):
+            pull = scaled(alpha if i % every == 0 else 0.0)
+            apart = [pull(subtract(x, center)) for x, _ in workers]
+            for k, (x, state) in enumerate(workers):
+                updates, state = inner.update(gradient(x, i, k), state, x)
+                x = jax.tree.map(lambda x, u, d: x + u - d, x, updates, apart[k])
+                workers[k] = (x, state)
+            center = jax.tree.map(lambda c, *ds: c + sum(ds), center, *apart)
+        return [x for x, _ in workers]
+
+    return reference
+
+
+def admm(every: int, rho: float, relax: float, strength: float):
+    """Consensus ADMM with an L2 penalty."""
+
+    def reference(gradient, inner, params, num_workers, num_steps):
+        z = params
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        workers = [(params, zeros, inner.init(params)) for _ in range(num_workers)]
+        for i in range(num_steps):
+            for k, (x, u, state) in enumerate(workers):
+                g = jax.tree.map(
+                    lambda g, x, z, u: g + rho * (x - z + u), gradient(x, i, k), x, z, u
+                )
+                updates, state = inner.update(g, state, x)
+                workers[k] = (optax.apply_updates(x, updates), u, state)
+            if (i + 1) % every == 0:
+                relaxed = [
+                    jax.tree.map(lambda x, z: relax * x + (1 - relax) * z, x, z)
+                    for x, _, _ in workers
+                ]
+                duals = [u for _, u, _ in workers]
+                summed = [jax.tree.map(jnp.add, v, u) for v, u in zip(relaxed, duals, strict=True)]
+                z = scaled(1 / (1 + strength / (num_workers * rho)))(mean(summed))
+                workers = [
+                    (x, jax.tree.map(lambda u, v, z: u + v - z, u, v, z), state)
+                    for (x, u, state), v in zip(workers, relaxed, strict=True)
+                ]
+        return [x for x, _, _ in workers]
 
     return reference
 
@@ -96,10 +178,45 @@ METHODS = {
     "DiLoCo": Method(
         lambda inner: optax.chain(inner, average_params("data", 2, outer=nesterov())),
         local(2, nesterov()),
+        lone_worker_is_inner=False,
     ),
     "DiLoCo int8": Method(
         lambda inner: optax.chain(inner, average_params("data", 2, nesterov(), int8(16))),
         local(2, nesterov()),
         2e-2,
+        lone_worker_is_inner=False,
+    ),
+    "backup_workers, one missing": Method(
+        lambda inner: optax.chain(backup_workers("data", 0, one_missing), inner),
+        without_the_missing,
+    ),
+    "backup_workers with error feedback": Method(
+        lambda inner: optax.chain(backup_workers("data", 0, one_missing, FEEDBACK), inner),
+        without_the_missing,
+        5e-2,
+    ),
+    "EASGD": Method(
+        lambda inner: optax.chain(inner, elastic_average("data", 2, 0.2)),
+        elastic(2, 0.2),
+        lone_worker_is_inner=False,
+    ),
+    "EASGD int8": Method(
+        lambda inner: optax.chain(inner, elastic_average("data", 1, 0.2, int8(16))),
+        elastic(1, 0.2),
+        2e-2,
+        lone_worker_is_inner=False,
+    ),
+    "consensus_admm": Method(
+        lambda inner: consensus_admm(
+            inner, "data", rho=0.5, every=2, prox=prox_l2(0.1), over_relaxation=1.5
+        ),
+        admm(2, 0.5, 1.5, 0.1),
+        lone_worker_is_inner=False,
+    ),
+    "consensus_admm int8 with error feedback": Method(
+        lambda inner: consensus_admm(inner, "data", rho=0.5, every=1, codec=FEEDBACK),
+        admm(1, 0.5, 1.0, 0.0),
+        2e-2,
+        lone_worker_is_inner=False,
     ),
 }
