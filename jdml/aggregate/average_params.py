@@ -10,6 +10,7 @@ import optax
 from jdml.communicate import Wire, per_worker
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
+from jdml.communicate.frequency import Every, check_every, is_due
 
 PyTree = Any
 
@@ -18,7 +19,8 @@ class AverageParamsState(NamedTuple):
     """State of :func:`average_params`.
 
     Attributes:
-      steps: int32, local steps taken; a round ends when it is a multiple of ``every``.
+      steps: int32, local steps taken.
+      last: int32, ``steps`` as it was at the last exchange.
       anchor: The parameters after the last round, the same on every worker; ``()`` when the plain
         exact mean needs none.
       outer: State of the outer optimiser, the same on every worker; ``()`` without one.
@@ -26,6 +28,7 @@ class AverageParamsState(NamedTuple):
     """
 
     steps: jax.Array
+    last: jax.Array
     anchor: PyTree
     outer: Any
     residual: PyTree
@@ -33,7 +36,7 @@ class AverageParamsState(NamedTuple):
 
 def average_params(
     axis: Axis,
-    every: int,
+    every: Every,
     outer: optax.GradientTransformation | None = None,
     codec: Content = None,
     topology: str = "two_phase",
@@ -47,7 +50,8 @@ def average_params(
 
     Args:
       axis: The worker axis. ``update`` runs inside a ``shard_map`` in which it is manual.
-      every: Number H >= 1 of local steps per round.
+      every: Number H >= 1 of local steps per round, or a function of the steps taken that gives it
+        (``post_local(...)``).
       outer: Optax optimiser for the anchor, fed ``d`` as its gradient.
       codec: ``None`` for the exact mean, a codec, or ``error_feedback(codec)``.
       topology: See :func:`jdml.communicate.all_reduce_mean`; the same bytes, once in ``every``
@@ -57,16 +61,13 @@ def average_params(
     parameters, shared; with error feedback an f32 residual per worker.
 
     Raises:
-      ValueError: ``every`` is not an int >= 1; ``codec`` or ``topology`` is not one.
+      ValueError: ``every`` is neither a function nor an int >= 1; ``codec`` or ``topology`` is
+        unknown.
 
     Reference: Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019; Douillard et
     al., "DiLoCo", 2023 (``outer=optax.sgd(0.7, momentum=0.9, nesterov=True)``, ``every=500``).
     """
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(
-            f"average_params(every={every!r}): expected an int >= 1, the number of local steps "
-            "between exchanges; 1 averages after every step."
-        )
+    check_every("average_params", every)
     check_exchange("average_params", axis, codec, topology)
     anchored = outer is not None or codec is not None
     optimizer = None if outer is None else optax.with_extra_args_support(outer)
@@ -74,6 +75,7 @@ def average_params(
     def init(params: PyTree) -> AverageParamsState:
         return AverageParamsState(
             steps=jnp.zeros((), jnp.int32),
+            last=jnp.zeros((), jnp.int32),
             # A copy: the parameters' own buffers are donated.
             anchor=jax.tree.map(jnp.copy, params) if anchored else (),
             outer=() if optimizer is None else optimizer.init(params),
@@ -121,10 +123,10 @@ def average_params(
 
         if every == 1:
             moves, *rest = exchange()
-        else:
-            due = steps % every == 0
-            moves, *rest = jax.lax.cond(due, lambda: typed(exchange), lambda: typed(alone))
-        return moves, AverageParamsState(steps, *rest)
+            return moves, AverageParamsState(steps, steps, *rest)
+        due = is_due(every, steps, state.last)
+        moves, *rest = jax.lax.cond(due, lambda: typed(exchange), lambda: typed(alone))
+        return moves, AverageParamsState(steps, jnp.where(due, steps, state.last), *rest)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
