@@ -124,8 +124,10 @@ def neighbour_sum(
             return total
 
         rounds = graph.permutations
-        if graph.period == 1 or isinstance(step, (int, np.integer)):
-            heard = carried_by(rounds[int(step or 0) % graph.period])
+        if graph.period == 1:
+            heard = carried_by(rounds[0])
+        elif isinstance(step, (int, np.integer)):
+            heard = carried_by(rounds[step % graph.period])
         else:
             assert step is not None
             branches = [lambda r=r: carried_by(r) for r in rounds]

@@ -94,6 +94,10 @@ def test_the_step_chooses_the_round_at_run_time():
     for step in range(5, 8):  # any three rounds in a row are the mean
         x = np.asarray(mixed(x, jnp.int32(step)))
     np.testing.assert_allclose(x, np.tile(values(8, 7).mean(0), (8, 1)), atol=1e-6)
+    # A graph that stays the same takes a step too, and branches on nothing.
+    x = values(8, 7)
+    same = compiled(mesh_of(8), ring(8))(x, jnp.int32(3))
+    np.testing.assert_allclose(same, ring(8).weights @ x, atol=3e-7)
 
 
 def test_the_complete_graph_is_the_mean():
