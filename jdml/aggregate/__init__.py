@@ -4,6 +4,7 @@ from jdml.aggregate.average_params import AverageParamsState as AverageParamsSta
 from jdml.aggregate.average_params import average_params as average_params
 from jdml.aggregate.backup_workers import BackupWorkersState as BackupWorkersState
 from jdml.aggregate.backup_workers import backup_workers as backup_workers
+from jdml.aggregate.bmuf import bmuf as bmuf
 from jdml.aggregate.consensus_admm import ConsensusADMMState as ConsensusADMMState
 from jdml.aggregate.consensus_admm import consensus_admm as consensus_admm
 from jdml.aggregate.elastic_average import ElasticAverageState as ElasticAverageState
@@ -15,3 +16,5 @@ from jdml.aggregate.proximal import prox_elastic_net as prox_elastic_net
 from jdml.aggregate.proximal import prox_l1 as prox_l1
 from jdml.aggregate.proximal import prox_l2 as prox_l2
 from jdml.aggregate.proximal import prox_non_negative as prox_non_negative
+from jdml.aggregate.streaming_diloco import StreamingDiLoCoState as StreamingDiLoCoState
+from jdml.aggregate.streaming_diloco import streaming_diloco as streaming_diloco

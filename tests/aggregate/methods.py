@@ -17,6 +17,7 @@ from jdml.aggregate import (
     elastic_average,
     mean_gradients,
     prox_l2,
+    streaming_diloco,
 )
 from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int8
@@ -150,6 +151,49 @@ def admm(every: int, rho: float, relax: float, strength: float):
     return reference
 
 
+def streaming(every: int, num_fragments: int, delay: int, mixing: float, outer: Any):
+    """Leaf i belongs to fragment ``i mod P``."""
+
+    def reference(gradient, inner, params, num_workers, num_steps):
+        treedef = jax.tree.structure(params)
+        flat = jax.tree.leaves
+        anchor = flat(params)
+        outer_states = [outer.init(x) for x in anchor]
+        leaving = [[jnp.zeros_like(x) for x in anchor] for _ in range(num_workers)]
+        workers: list[Worker] = [(params, inner.init(params)) for _ in range(num_workers)]
+        for t in range(1, num_steps + 1):
+            for k, (x, state) in enumerate(workers):
+                updates, state = inner.update(gradient(x, t - 1, k), state, x)
+                workers[k] = (optax.apply_updates(x, updates), state)
+            for i in range(len(anchor)):
+                begin = (i % num_fragments + 1) * every // num_fragments
+                if t % every == begin % every and delay == 0:
+                    for k, (x, _) in enumerate(workers):
+                        leaving[k][i] = anchor[i] - flat(x)[i]
+                if t >= begin + delay and t % every == (begin + delay) % every:
+                    d = sum(leaving[k][i] for k in range(num_workers)) / num_workers
+                    update, outer_states[i] = outer.update(d, outer_states[i], anchor[i])
+                    anchor[i] = anchor[i] + update
+                    for k, (x, state) in enumerate(workers):
+                        leaves = flat(x)
+                        leaves[i] = mixing * leaves[i] + (1 - mixing) * anchor[i]
+                        workers[k] = (jax.tree.unflatten(treedef, leaves), state)
+                if t % every == begin % every and delay > 0:
+                    for k, (x, _) in enumerate(workers):
+                        leaving[k][i] = anchor[i] - flat(x)[i]
+        return [x for x, _ in workers]
+
+    return reference
+
+
+def alternate(num_fragments: int):
+    def fragment_of(params: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        return jax.tree.unflatten(treedef, [i % num_fragments for i in range(len(leaves))])
+
+    return fragment_of
+
+
 def nesterov() -> optax.GradientTransformation:
     return optax.sgd(0.7, momentum=0.9, nesterov=True)
 
@@ -217,6 +261,23 @@ METHODS = {
         lambda inner: consensus_admm(inner, "data", rho=0.5, every=1, codec=FEEDBACK),
         admm(1, 0.5, 1.0, 0.0),
         2e-2,
+        lone_worker_is_inner=False,
+    ),
+    "streaming DiLoCo": Method(
+        lambda inner: optax.chain(
+            inner, streaming_diloco("data", 2, 2, nesterov(), fragment_of=alternate(2))
+        ),
+        streaming(2, 2, 0, 0.0, nesterov()),
+        lone_worker_is_inner=False,
+    ),
+    "streaming DiLoCo, delayed and mixed": Method(
+        lambda inner: optax.chain(
+            inner,
+            streaming_diloco(
+                "data", 3, 2, nesterov(), delay=1, mixing=0.5, fragment_of=alternate(2)
+            ),
+        ),
+        streaming(3, 2, 1, 0.5, nesterov()),
         lone_worker_is_inner=False,
     ),
 }

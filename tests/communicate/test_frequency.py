@@ -51,7 +51,7 @@ def train(tx, num_steps):
 def test_post_local_sgd_is_synchronous_first_and_local_then():
     tx = optax.chain(optax.sgd(0.01), average_params("data", post_local(2, 3)))
     history, _ = train(tx, 6)
-    agreed = [bool((np.ptp(w, axis=0) == 0).all()) for w in history]
+    agreed = [bool((np.ptp(w, axis=0) < 1e-6).all()) for w in history]
     assert agreed == [True, True, False, False, True, False]
     synchronous, _ = train(optax.chain(mean_gradients("data"), optax.sgd(0.01)), 2)
     np.testing.assert_allclose(history[1][0], synchronous[1], rtol=1e-6)
