@@ -48,6 +48,9 @@ class Codec(abc.ABC):
     needs_key: bool = False
     """Whether encoding draws random numbers (stochastic rounding, random-k)."""
 
+    leaves_out: ClassVar[bool] = False
+    """Whether most elements are not said at all, and read as zero (top-k and its like)."""
+
     fill: ClassVar[Literal["zeros", "wrap"]] = "zeros"
     """What fills a leaf up to whole blocks: zeros, or the leaf's own elements over again.
 
