@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jdml.train.validate import check_loss
+from jdml.sharding.fit import axes_of
+from jdml.train.validate import Axis, check_loss
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -64,9 +65,9 @@ def gradients_of(
     return whole if accumulate == 1 else in_parts
 
 
-def default_mapping(mesh: Mesh, axis: str) -> Mapping:
+def default_mapping(mesh: Mesh, axis: Axis) -> Mapping:
     """``"shard_map"`` on CPU meshes with at most one other axis longer than 1, else ``"vmap"``."""
-    others = [a for a, size in mesh.shape.items() if a != axis and size > 1]
+    others = [a for a, size in mesh.shape.items() if a not in axes_of(axis) and size > 1]
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return "shard_map" if on_cpu and len(others) <= 1 else "vmap"
 
@@ -74,7 +75,7 @@ def default_mapping(mesh: Mesh, axis: str) -> Mapping:
 def over_workers(
     gradients: Callable[..., Gradients],
     mesh: Mesh,
-    axis: str,
+    axis: Axis,
     mapping: Mapping,
     params_flags: PyTree,
     model_state_flags: PyTree,
@@ -92,7 +93,7 @@ def over_workers(
     Args:
       gradients: From :func:`gradients_of`.
       mesh: The mesh.
-      axis: The worker axis.
+      axis: The worker axis, or a tuple of axes.
       mapping: Which of the two.
       params_flags: True for each parameter that has a leading worker dim.
       model_state_flags: The same for the model state.
@@ -117,7 +118,7 @@ def over_workers(
         mesh=mesh,
         in_specs=(*in_specs, P(axis), P(axis)),
         out_specs=P(axis),
-        axis_names={axis},
+        axis_names=set(axes_of(axis)),
         check_vma=False,
     )
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jdml.sharding import bytes_per_axis, collectives
+from jdml.sharding.fit import axes_of
 from jdml.train.checkpoint import Checkpointer
 from jdml.train.metrics_log import MetricsLog
 from jdml.train.state import TrainState
@@ -51,7 +52,7 @@ def fit(
     num_steps: int,
     *,
     mesh: Mesh,
-    workers: str = "data",
+    workers: str | tuple[str, ...] = "data",
     checkpointer: Checkpointer | None = None,
     save_every: int = 0,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
@@ -76,7 +77,7 @@ def fit(
       data: Endless batches, standing where ``state`` does.
       num_steps: Steps of the whole run, not of this call.
       mesh: The mesh of the step.
-      workers: Its worker axis.
+      workers: Its worker axis, or the tuple of them.
       checkpointer: Where to save every ``save_every`` steps, at the end, and on Ctrl-C or SIGTERM
         (one process).
       save_every: Steps between checkpoints; 0 saves at the end alone.
@@ -99,7 +100,8 @@ def fit(
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     sent = bytes_per_axis(collectives(compiled, mesh), unknown_count=1)
-    bytes_per_step = sum(n for axes, n in sent.items() if axes is not None and workers in axes)
+    between = set(axes_of(workers))
+    bytes_per_step = sum(n for axes, n in sent.items() if between & set(axes or ()))
     console.print(
         f"{name}: compiled in {time.perf_counter() - started:.1f} s; each device sends "
         f"{format_bytes(bytes_per_step)} per step over {workers!r}"

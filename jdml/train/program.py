@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdml.communicate import Wire
 from jdml.sharding import Rules, optimizer_specs, use_rules
+from jdml.sharding.fit import axes_of, num_parts
 from jdml.sharding.paths import leaves_with_paths
 from jdml.train.gradients import Mapping, Metrics, gradients_of, over_workers
 from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shapes, strong
-from jdml.train.validate import check_batch, check_params, check_specs, spec_leaves
+from jdml.train.validate import Axis, check_batch, check_params, check_specs, spec_leaves
 
 PyTree = Any
 
@@ -32,7 +33,7 @@ class StepProgram:
     loss_fn: Callable[..., tuple[jax.Array, Any]]
     tx: optax.GradientTransformation
     mesh: Mesh
-    workers: str
+    workers: Axis
     specs: PyTree | None
     rules: Rules | None
     batch_axes: tuple[str, ...]
@@ -45,7 +46,7 @@ class StepProgram:
     def __post_init__(self) -> None:
         self.tx = optax.with_extra_args_support(self.tx)
         self.region = WorkerRegion(self.mesh, self.workers)
-        self.num_workers = self.mesh.shape[self.workers]
+        self.num_workers = num_parts(self.workers, self.mesh)
 
     # Layout
 
@@ -169,7 +170,7 @@ class StepProgram:
         self, gradients: PyTree, params: PyTree, opt_state: PyTree, loss: jax.Array, key: jax.Array
     ) -> tuple[PyTree, PyTree]:
         """The chain and its result applied, on one worker (inside the worker region)."""
-        others = tuple(a for a in self.mesh.axis_names if a != self.workers)
+        others = tuple(a for a in self.mesh.axis_names if a not in axes_of(self.workers))
         wire = Wire(key, others, self.wire_specs)
         updates, opt_state = self.tx.update(gradients, opt_state, params, wire=wire, value=loss)
         return strong(optax.apply_updates(params, updates)), strong(opt_state)
@@ -204,7 +205,7 @@ class StepProgram:
         """The rules for ``constrain`` in the loss, where the worker axis is mapped already."""
         if self.rules is None:
             return contextlib.nullcontext()
-        return use_rules(self.mesh, self.rules, hide=(self.workers,))
+        return use_rules(self.mesh, self.rules, hide=axes_of(self.workers))
 
     def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -2,7 +2,8 @@
 
 A leaf whose JAX type varies over the worker axis after a step differs from worker to worker: it is
 stored with a leading worker dim, sharded over that axis. Every other leaf is stored once. Nothing
-is declared: one abstract step, repeated until nothing changes, tells which are which.
+is declared: one abstract step, repeated until nothing changes, tells which are which. Where several
+axes make up the workers, a leaf that varies over one of them is stored for every worker.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jdml.communicate.wire import per_worker, varies
+from jdml.sharding.fit import axes_of, num_parts
 from jdml.sharding.paths import leaves_with_paths
+from jdml.train.validate import Axis
 
 PyTree = Any
 
@@ -37,10 +40,10 @@ class TrainState(NamedTuple):
 
 
 class WorkerRegion(NamedTuple):
-    """A ``shard_map`` that is manual over the worker axis alone."""
+    """A ``shard_map`` that is manual over the worker axis (or axes) alone."""
 
     mesh: Mesh
-    axis: str
+    axis: Axis
 
     def run(
         self, f: Callable[..., PyTree], args: PyTree, arg_flags: PyTree, out_flags: PyTree
@@ -58,7 +61,7 @@ class WorkerRegion(NamedTuple):
             mesh=self.mesh,
             in_specs=self._specs(arg_flags),
             out_specs=self._specs(out_flags),
-            axis_names={self.axis},
+            axis_names=set(axes_of(self.axis)),
         )(*args)
 
     def trace(
@@ -78,9 +81,9 @@ class WorkerRegion(NamedTuple):
             mesh=self.mesh,
             in_specs=self._specs(arg_flags),
             out_specs=(),
-            axis_names={self.axis},
+            axis_names=set(axes_of(self.axis)),
         )
-        num_workers = self.mesh.shape[self.axis]
+        num_workers = num_parts(self.axis, self.mesh)
         jax.eval_shape(mapped, *stack_shapes(args, arg_flags, num_workers))
         shapes, flags = seen
         return shapes, flags

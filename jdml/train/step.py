@@ -35,7 +35,7 @@ def make_step(
     loss_fn: Callable[..., tuple[jax.Array, Any]],
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    workers: str = "data",
+    workers: str | tuple[str, ...] = "data",
     specs: PyTree | None = None,
     *,
     rules: Rules | None = None,
@@ -57,7 +57,9 @@ def make_step(
       tx: An Optax chain; transformations of ``jdml.aggregate`` in it decide what the workers tell
         each other. With none of them each worker trains a model of its own.
       mesh: Mesh with ``Auto`` axes (``jdml.sharding.make_mesh``).
-      workers: Mesh axis whose positions are the workers.
+      workers: Mesh axis whose positions are the workers, or several: worker k is then position k in
+        the row-major order of the axes as named (``("slice", "data")``: the data axis of slice 0,
+        then that of slice 1, …).
       specs: ``PartitionSpec`` of every parameter over the other axes; ``None`` reads them off the
         parameters given to ``init``.
       rules: Logical axis rules for the ``constrain`` calls inside ``loss_fn``.
@@ -79,17 +81,18 @@ def make_step(
         worker axis, parameters that are not floating, a batch that the workers do not divide.
     """
     check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping)
+    axis = workers if isinstance(workers, str) or len(workers) > 1 else workers[0]
     program = StepProgram(
         loss_fn,
         tx,
         mesh,
-        workers,
+        axis,
         specs,
         rules,
         tuple(batch_axes),
         accumulate,
         model_state,
-        mapping or default_mapping(mesh, workers),
+        mapping or default_mapping(mesh, axis),
     )
     step = TrainStep(program)
     return Step(Init(program, step), step)

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jdml.sharding.fit import axes_of
 from jdml.sharding.paths import leaves_with_paths
 
 PyTree = Any
+Axis = str | tuple[str, ...]
+"""The worker axis, or the axes whose positions in row-major order are the workers."""
 
 
 def spec_leaves(specs: PyTree) -> list[PartitionSpec]:
@@ -20,7 +23,7 @@ def spec_leaves(specs: PyTree) -> list[PartitionSpec]:
 
 def check_arguments(
     mesh: Mesh,
-    workers: str,
+    workers: Axis,
     batch_axes: Sequence[str],
     accumulate: int,
     model_state: str | None,
@@ -31,18 +34,25 @@ def check_arguments(
         raise ValueError(
             f"make_step: batch_axes={batch_axes!r} is a string; write ({batch_axes!r},)."
         )
-    for axis in (workers, *batch_axes):
+    if not isinstance(workers, (str, tuple)) or not workers:
+        raise ValueError(
+            f"make_step: workers={workers!r}; expected a mesh axis, or a tuple of mesh axes."
+        )
+    for axis in (*axes_of(workers), *batch_axes):
         if axis not in mesh.axis_names:
             raise ValueError(
                 f"make_step: the mesh has axes {mesh.axis_names}, not {axis!r}. Name one of them, "
                 f"or build the mesh with it: make_mesh({{{axis!r}: ..., ...}}). A size of 1 is "
                 "fine."
             )
-    if workers in batch_axes:
-        raise ValueError(
-            f"make_step: batch_axes={tuple(batch_axes)} names the worker axis {workers!r}, over "
-            "which the batch is divided in any case. Leave it out."
-        )
+    if len(set(axes_of(workers))) < len(axes_of(workers)):
+        raise ValueError(f"make_step: workers={workers!r} names an axis twice; name it once.")
+    for axis in axes_of(workers):
+        if axis in batch_axes:
+            raise ValueError(
+                f"make_step: batch_axes={tuple(batch_axes)} names the worker axis {axis!r}, over "
+                "which the batch is divided in any case. Leave it out."
+            )
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(
             f"make_step: accumulate={accumulate!r}; expected an int >= 1, the number of "
@@ -69,7 +79,7 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: str) -> PyTree:
+def check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: Axis) -> PyTree:
     """The specs in the structure of ``params``: one each, over axes other than the workers'.
 
     Boxes (Linen's metadata, NNX's variables) may differ between the two; leaf paths may not.
@@ -94,10 +104,10 @@ def check_specs(params: PyTree, specs: PyTree, mesh: Mesh, workers: str) -> PyTr
             )
         for dim, entry in enumerate(spec):
             for axis in (entry,) if isinstance(entry, str) else (entry or ()):
-                if axis == workers:
+                if axis in axes_of(workers):
                     raise ValueError(
                         f"make_step: params leaf {path!r}, dim {dim}, is sharded over the worker "
-                        f"axis {workers!r}. Each worker holds the whole model there: shard over "
+                        f"axis {axis!r}. Each worker holds the whole model there: shard over "
                         "another axis (make_mesh({'data': ..., 'fsdp': ...}))."
                     )
                 if axis not in mesh.axis_names:
@@ -132,7 +142,7 @@ def check_loss(loss: Any, metrics: Any) -> None:
 
 def check_batch(
     batch: PyTree,
-    workers: str,
+    workers: Axis,
     num_workers: int,
     accumulate: int,
     batch_axes: tuple[str, ...],
