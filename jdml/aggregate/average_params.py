@@ -1,13 +1,13 @@
 """Local SGD and its relatives: train alone for a while, then average the models."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jdml.communicate import Wire, per_worker
+from jdml.communicate import Wire
+from jdml.communicate.branch import branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import Every, check_every, is_due
@@ -115,17 +115,15 @@ def average_params(
         def alone() -> tuple[PyTree, PyTree, Any, PyTree]:
             return updates, state.anchor, state.outer, state.residual
 
-        def typed(branch: Callable[[], tuple[PyTree, PyTree, Any, PyTree]]) -> Any:
-            """Both branches with one type: updates and residual differ from worker to worker."""
-            moves, anchor, outer_state, residual = branch()
-            moves = jax.tree.map(lambda x, u: x.astype(u.dtype), moves, updates)
-            return per_worker(moves, axis), anchor, outer_state, per_worker(residual, axis)
+        def exchange_in_dtype() -> tuple[PyTree, PyTree, Any, PyTree]:
+            moves, *rest = exchange()
+            return jax.tree.map(lambda x, u: x.astype(u.dtype), moves, updates), *rest
 
         if every == 1:
             moves, *rest = exchange()
             return moves, AverageParamsState(steps, steps, *rest)
         due = is_due(every, steps, state.last)
-        moves, *rest = jax.lax.cond(due, lambda: typed(exchange), lambda: typed(alone))
+        moves, *rest = branch(due, exchange_in_dtype, alone)
         return moves, AverageParamsState(steps, jnp.where(due, steps, state.last), *rest)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -90,9 +90,11 @@ def varies(x: jax.Array, axis: str | tuple[str, ...]) -> bool:
     return not varying_axes(x).isdisjoint(names)
 
 
-def varying_axes(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """Mesh axes along which JAX's type of ``x`` says that it may differ.
 
-    The one place that reads this young attribute.
+    The one place that reads this young attribute. ``x`` may be what ``jax.eval_shape`` returns.
     """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return frozenset(x.manual_axis_type.varying)
     return frozenset(jax.typeof(x).mat.varying)
