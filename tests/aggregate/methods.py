@@ -8,19 +8,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jdml.aggregate import (
     average_params,
     backup_workers,
+    choco,
     consensus_admm,
     elastic_average,
+    gossip,
     mean_gradients,
     prox_l2,
+    push_sum,
     streaming_diloco,
 )
 from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int8
+from jdml.communicate.topology import Graph, exponential, from_edges, one_peer_exponential, ring
 
 Worker = tuple[Any, Any]
 """(params, opt_state) of one worker."""
@@ -186,6 +191,59 @@ def streaming(every: int, num_fragments: int, delay: int, mixing: float, outer: 
     return reference
 
 
+def mixed(weights: Any, trees: list[Any]) -> list[Any]:
+    """``x_i <- sum_j W_ij x_j``."""
+    return [
+        jax.tree.map(lambda *xs, row=row: sum(w * x for w, x in zip(row, xs, strict=True)), *trees)
+        for row in weights
+    ]
+
+
+def gossiping(make_graph: Callable[[int], Graph], adapt_first: bool = False):
+    def reference(gradient, inner, params, num_workers, num_steps):
+        graph = make_graph(num_workers)
+        workers: list[Worker] = [(params, inner.init(params)) for _ in range(num_workers)]
+        for i in range(num_steps):
+            models = mixed(graph.at(i), [x for x, _ in workers])
+            for k, (x, state) in enumerate(workers):
+                updates, state = inner.update(gradient(x, i, k), state, x)
+                start = x if adapt_first else models[k]
+                workers[k] = (optax.apply_updates(start, updates), state)
+            if adapt_first:
+                models = mixed(graph.at(i), [x for x, _ in workers])
+                workers = [(m, state) for m, (_, state) in zip(models, workers, strict=True)]
+        return [x for x, _ in workers]
+
+    return reference
+
+
+def pushing(make_graph: Callable[[int], Graph]):
+    def reference(gradient, inner, params, num_workers, num_steps):
+        graph = make_graph(num_workers)
+        workers: list[Worker] = [(params, inner.init(params)) for _ in range(num_workers)]
+        sums, weights = [params] * num_workers, np.ones(num_workers)
+        for i in range(num_steps):
+            for k, (z, state) in enumerate(workers):
+                updates, state = inner.update(gradient(z, i, k), state, z)
+                workers[k] = (z, state)
+                sums[k] = optax.apply_updates(sums[k], updates)
+            sums, weights = mixed(graph.at(i), sums), graph.at(i) @ weights
+            workers = [
+                (scaled(1 / weights[k])(sums[k]), state) for k, (_, state) in enumerate(workers)
+            ]
+        return [z for z, _ in workers]
+
+    return reference
+
+
+def one_way(num_workers: int) -> Graph:
+    """Directed and not doubly stochastic: a cycle with a short cut."""
+    if num_workers < 3:
+        return exponential(num_workers)
+    cycle = [(i, (i + 1) % num_workers) for i in range(num_workers)]
+    return from_edges(num_workers, [*cycle, (0, 2)], directed=True)
+
+
 def alternate(num_fragments: int):
     def fragment_of(params: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
@@ -279,5 +337,32 @@ METHODS = {
         ),
         streaming(3, 2, 1, 0.5, nesterov()),
         lone_worker_is_inner=False,
+    ),
+    "gossip": Method(lambda inner: optax.chain(inner, gossip("data", ring)), gossiping(ring)),
+    "gossip, adapt then combine, one peer": Method(
+        lambda inner: optax.chain(
+            inner, gossip("data", one_peer_exponential, order="adapt_then_combine")
+        ),
+        gossiping(one_peer_exponential, adapt_first=True),
+    ),
+    "gossip int8": Method(
+        lambda inner: optax.chain(inner, gossip("data", ring, codec=int8(16))),
+        gossiping(ring),
+        5e-2,
+    ),
+    "choco": Method(
+        lambda inner: optax.chain(inner, choco("data", ring, None, 1.0)),
+        gossiping(ring, adapt_first=True),
+    ),
+    "choco int8": Method(
+        lambda inner: optax.chain(inner, choco("data", ring, int8(16), 1.0)),
+        gossiping(ring, adapt_first=True),
+        2e-2,
+    ),
+    "push_sum": Method(
+        lambda inner: optax.chain(inner, push_sum("data")), pushing(one_peer_exponential)
+    ),
+    "push_sum, directed": Method(
+        lambda inner: optax.chain(inner, push_sum("data", one_way)), pushing(one_way)
     ),
 }
