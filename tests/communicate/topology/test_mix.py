@@ -1,5 +1,7 @@
 """A round of mixing against ``W @ X`` on one device, and the bytes in the compiled program."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdml.communicate import Wire, error_feedback, on_shards
-from jdml.communicate.codecs import int8
-from jdml.communicate.codecs.int8 import Int8
+from jdml.communicate.codecs import Codec, int8
 from jdml.communicate.topology import (
     complete,
     exponential,
@@ -132,13 +133,32 @@ def test_what_was_heard_and_what_was_said():
     x = values(8, 20)
     heard, said = compiled(mesh_of(8), graph, codec=codec, f=neighbour_sum)(x)
     read = np.stack([codec.decode(codec.encode(jnp.asarray(row))) for row in x])
-    np.testing.assert_array_equal(said, read)
+    np.testing.assert_allclose(said, read, rtol=3e-7)  # decoding, compiled or not, rounds
     w = graph.weights - np.diag(np.diag(graph.weights))
     np.testing.assert_allclose(heard, w @ read, atol=1e-6)
 
 
-class Dithered(Int8):
-    """Draws random numbers: adds one draw to everything that is sent."""
+@dataclasses.dataclass(frozen=True)
+class Plain(Codec):
+    """Sends f32 and one byte that says so, without which nothing can be read."""
+
+    @property
+    def granularity(self):
+        return 4
+
+    def encode_rows(self, rows, key=None):
+        return {"values": rows, "sent": jnp.ones((rows.shape[0], 1), jnp.uint8)}
+
+    def decode_rows(self, payload, length):
+        return payload["values"] / payload["sent"].astype(jnp.float32)
+
+    def payload_bytes(self, length):
+        return 4 * length + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Dithered(Plain):
+    """Adds one draw to everything that is sent."""
 
     needs_key = True
 
@@ -147,7 +167,7 @@ class Dithered(Int8):
 
 
 def test_draws_differ_by_worker_and_bucket_and_follow_the_key():
-    graph, codec = ring(4), Dithered(4)
+    graph, codec = ring(4), Dithered()
     x = {"a": np.zeros((4, 8), np.float32), "big": np.zeros((4, 1 << 20), np.float32)}
     mesh = mesh_of(4)
 
@@ -171,26 +191,11 @@ def test_a_value_that_is_not_finite_reaches_the_neighbours_alone(codec, bad):
     assert finite.tolist() == [i not in (0, 3) for i in range(8)]  # 3 is heard by the centre
 
 
-class Shifted(Int8):
-    """A codec for which a payload of zero bytes, as nobody sent it, is not zeros."""
-
-    def encode_rows(self, rows, key=None):
-        payload = super().encode_rows(rows)
-        return {**payload, "scales": jnp.log(payload["scales"])}
-
-    def decode_rows(self, payload, length):
-        scales = jnp.exp(payload["scales"])
-        return (
-            super().decode_rows({**payload, "scales": scales}, length)
-            / jnp.where(payload["scales"] == 0, 0, 1)[:, :1]
-        )
-
-
 def test_who_hears_nothing_in_a_permutation_reads_nothing():
+    """Zero bytes, as ppermute leaves where nobody sends, are 0 / 0 to this codec."""
     x = values(8, 16)
-    mixed = compiled(mesh_of(8), star(8), codec=Shifted(16))(x)
-    expected = compiled(mesh_of(8), star(8), codec=int8(16))(x)
-    np.testing.assert_allclose(mixed, expected, atol=1e-5)
+    mixed = compiled(mesh_of(8), star(8), codec=Plain())(x)
+    np.testing.assert_allclose(mixed, star(8).weights @ x, atol=1e-6)
 
 
 def test_dtypes_are_kept_and_sums_are_f32():
@@ -295,7 +300,7 @@ def test_refuses_what_cannot_work():
     with pytest.raises(ValueError, match="send differences"):
         run(ring(4), codec=error_feedback(int8()))
     with pytest.raises(ValueError, match="pass key="):
-        run(ring(4), codec=Dithered(4))
+        run(ring(4), codec=Dithered())
     with pytest.raises(ValueError, match="leaf 'n' has dtype int32"):
         run(ring(4), {"n": x.astype(np.int32)})
     with pytest.raises(ValueError, match="'model' is not bound"):
