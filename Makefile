@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-tpu lint bench clean
+.PHONY: help train test test-tpu lint bench bench-peers run-benchmarks clean
 
 help:
 	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
@@ -20,6 +20,8 @@ help:
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make test-tpu  the tests that compile for TPU topologies; needs no TPU, x86 Linux only'
 	@echo 'make bench   the benchmarks, or those in BENCHMARKS=links; links needs root on Linux'
+	@echo 'make bench-peers  the same beside PyTorch, whose rows make bench leaves out; also'
+	@echo '             BENCHMARKS=time_to_loss, which takes 25 minutes'
 	@echo 'make clean   remove environments and caches; keeps runs/'
 	@echo 'Options: PYTHON=python3.12 picks the interpreter; ARGS="..." goes to the program that'
 	@echo 'is run (make train ARGS=--help lists the options of training).'
@@ -40,8 +42,16 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-test
+bench: $(VENV)/installed-test run-benchmarks
+
+run-benchmarks:
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+# In an environment of its own, for PyTorch is large. Where pip would fetch it with CUDA libraries:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make bench-peers
+bench-peers:
+	$(MAKE) VENV=$(VENV)-peers $(VENV)-peers/installed-test,peers
+	$(MAKE) VENV=$(VENV)-peers BENCHMARKS="$(BENCHMARKS)" run-benchmarks
 
 clean:
 	rm -rf .venv-*/ .cache build dist .pytest_cache .mypy_cache .ruff_cache

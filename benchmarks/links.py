@@ -1,38 +1,91 @@
-"""Compressed against exact mean over links of a known speed: ``python -m benchmarks.links``.
+"""What a mean costs over links of a known speed: ``python -m benchmarks.links``.
 
-Four processes, each with 16 MB of f32 gradients, take their mean over 200 Mbit/s links, exactly and
-by two-phase int8. Bytes are those that the kernel counted on each worker's interface, framing
-included; a round takes as long as its slowest worker. The exact sum is Gloo's ring, which sends
-2·(n-1)/n of the array; two-phase int8 sends the same share of one byte per element and one f32
-scale per block.
+Four processes in network namespaces, each with 16 MB of f32, take their mean over 200 Mbit/s links:
+exactly, by every codec, over every topology, and by PyTorch over Gloo on the same links
+(``all_reduce``, and DistributedDataParallel with its communication hooks). The methods alternate
+round by round, PyTorch's among them, so that a slow spell of the machine hits all. Bytes are those
+that the kernel counted on each worker's interface, framing included; a round takes as long as its
+slowest worker. Every process computes on one thread.
 
-Needs root on Linux (network namespaces); says so elsewhere.
+Needs root on Linux (network namespaces), and PyTorch for its rows; says so where they are missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
+import importlib.util
 import json
 import os
-import platform
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import tyro
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.links_worker import Job
-from benchmarks.namespaces import NamespacesUnavailable, linked_workers, run_together
+from benchmarks.crew import Crew, crew_of
+from benchmarks.machine import machine
+from benchmarks.methods import method
+from benchmarks.namespaces import LinkedWorker, NamespacesUnavailable, linked_workers
 
 ROOT = Path(__file__).resolve().parent.parent
-BYTES_TARGET = 0.26
-TIME_TARGET = 0.45
 PORT = 29500  # inside a namespace of our own, so that it is always free
+TORCH = "torch "
+BASELINE = "torch all_reduce"
+
+OURS = (
+    "exact",
+    "bf16",
+    "int8",
+    "fp8",
+    "int4",
+    "e3m0",
+    "qsgd",
+    "terngrad",
+    "one_bit",
+    "one_bit + EF",
+    "top 1 % + int8 all_gather",
+    "power_sgd 4",
+    "int8 ring",
+    "int8 tree",
+    "int8 hierarchical",
+    "int8 all_gather",
+)
+THEIRS = (
+    "torch all_reduce",
+    "torch f32",
+    "torch fp16",
+    "torch bf16",
+    "torch int8 per tensor",
+    "torch int8 per 512",
+    "torch PowerSGD 4",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a method is to reach: bytes against one row's, time against another's."""
+
+    name: str
+    bytes_ratio: float
+    time_ratio: float
+    bytes_of: str = "exact"
+    time_of: str = BASELINE
+
+
+TARGETS = (
+    Target("int8", 0.26, 0.32),
+    Target("int4", 0.14, 0.20),
+    Target("one_bit", 0.035, 0.10),
+    Target("top 1 % + int8 all_gather", 0.03, 0.10),
+    # Equal bytes: the two frame them in packets of their own.
+    Target("power_sgd 4", 1.05, 1.0, bytes_of="torch PowerSGD 4", time_of="torch PowerSGD 4"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +95,16 @@ class Options:
     num_workers: int = 4
     megabits_per_s: float | None = 200.0
     """What each worker's link carries; None leaves the links unshaped."""
-    num_elements: int = 4 * 1024 * 1024
-    """f32 elements per worker."""
+    side: int = 1024
+    """Each worker holds four side × side matrices of f32: 16.8 MB."""
     num_rounds: int = 9
     num_warm_up: int = 2
-    blocks: tuple[int, ...] = (256, 1024)
-    """Block sizes of the int8 codec to compare with the exact mean."""
+    methods: tuple[str, ...] = OURS + THEIRS
+    """A codec, perhaps followed by a topology; "torch ..." is PyTorch."""
+    torch: bool = True
+    """Run PyTorch's methods too, if it is installed."""
+    json: Path | None = None
+    """Write what was measured there."""
     timeout_s: float = 300.0
 
 
@@ -58,112 +115,172 @@ class Measured:
     sent_bytes: float
     seconds: float
     relative_error: float
+    rounds: tuple[float, ...] = ()
+    """Seconds of each round."""
 
 
-def exact_bytes(num_elements: int, num_workers: int) -> float:
-    """What a ring all-reduce of f32 sends per worker, framing excluded: 2·(n-1)/n·4·elements."""
-    return 2 * (num_workers - 1) / num_workers * 4 * num_elements
-
-
-def int8_bytes(num_elements: int, num_workers: int, block: int) -> float:
-    """What two-phase int8 sends per worker: 2·(n-1)/n·(1 + 4/block)·elements."""
-    return 2 * (num_workers - 1) / num_workers * (1 + 4 / block) * num_elements
-
-
-def run(options: Options) -> dict[str, Measured]:
-    """Starts one process per namespace and gathers what they measured, by method."""
+@contextlib.contextmanager
+def crews(
+    workers: Sequence[LinkedWorker], side: int, torch: bool, timeout_s: float, seed: int = 0
+) -> Iterator[tuple[Crew, Crew | None]]:
+    """jdml's processes and, if wanted, PyTorch's, in the same namespaces."""
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
     env.pop("XLA_FLAGS", None)  # may ask for several devices per process
-    with linked_workers(options.num_workers, options.megabits_per_s) as workers:
-        commands = []
-        for i, worker in enumerate(workers):
-            job = Job(
-                coordinator=f"{workers[0].address}:{PORT}",
-                num_workers=options.num_workers,
-                worker=i,
-                num_elements=options.num_elements,
-                num_rounds=options.num_rounds,
-                num_warm_up=options.num_warm_up,
-                blocks=list(options.blocks),
-            )
-            script = [sys.executable, "-m", "benchmarks.links_worker", *_arguments(job)]
-            commands.append(worker.command(*script))
-        printed = run_together(commands, options.timeout_s, env)
-    results = [json.loads(text.strip().splitlines()[-1]) for text in printed]
-    return {method: _summary([result[method] for result in results]) for method in results[0]}
+    # One computing thread per process, for XLA and for PyTorch: two cores, four workers.
+    env |= {"NPROC": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+    def commands(module: str, port: int) -> list[list[str]]:
+        shared = f"--num-workers {len(workers)} --side {side} --seed {seed}".split()
+        where = f"{workers[0].address}:{port}"
+        script = [sys.executable, "-m", module, "--coordinator", where, *shared]
+        return [w.command(*script, "--worker", str(i)) for i, w in enumerate(workers)]
+
+    with contextlib.ExitStack() as stack:
+        ours = commands("benchmarks.exchange_jdml", PORT)
+        jdml = stack.enter_context(crew_of(ours, env, timeout_s))
+        theirs = None
+        if torch:
+            command = commands("benchmarks.exchange_torch", PORT + 1)
+            theirs = stack.enter_context(crew_of(command, env, timeout_s))
+        yield jdml, theirs
 
 
-def _summary(per_worker: list[dict]) -> Measured:
-    rounds = zip(*(entry["seconds"] for entry in per_worker), strict=True)
+def run(options: Options, console: Console | None = None) -> dict[str, Measured]:
+    """Starts the processes, lets the methods alternate, and gathers what they measured."""
+    torch = any(name.startswith(TORCH) for name in options.methods)
+    errors: dict[str, float] = {}
+    rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in options.methods}
+    total = len(options.methods) * (1 + options.num_warm_up + options.num_rounds)
+    with (
+        linked_workers(options.num_workers, options.megabits_per_s) as workers,
+        crews(workers, options.side, torch, options.timeout_s) as (jdml, theirs),
+        Progress(console=console, transient=True, disable=console is None) as progress,
+    ):
+
+        def ask(name: str, do: str, **arguments: int) -> list[dict[str, float]]:
+            crew, known_as = jdml, name
+            if name.startswith(TORCH):
+                assert theirs is not None
+                crew, known_as = theirs, name.removeprefix(TORCH)
+            progress.update(task, advance=1, description=f"{do} {name}")
+            return crew.ask(do, name=known_as, **arguments)
+
+        task = progress.add_task("starting", total=total)
+        for name in options.methods:
+            errors[name] = max(answer["relative_error"] for answer in ask(name, "prepare"))
+        for number in range(options.num_warm_up + options.num_rounds):
+            for name in options.methods:
+                answers = ask(name, "round", number=number)
+                if number >= options.num_warm_up:
+                    rounds[name].append(answers)
+    return {name: _summary(rounds[name], errors[name]) for name in options.methods}
+
+
+def _summary(rounds: list[list[dict[str, float]]], error: float) -> Measured:
+    per_worker = zip(*rounds, strict=True)
+    seconds = [max(a["end"] - a["start"] for a in answers) for answers in rounds]
     return Measured(
-        sent_bytes=max(statistics.median(entry["sent_bytes"]) for entry in per_worker),
-        seconds=statistics.median(max(seconds) for seconds in rounds),
-        relative_error=max(entry["relative_error"] for entry in per_worker),
+        sent_bytes=max(statistics.median(a["sent"] for a in answers) for answers in per_worker),
+        seconds=statistics.median(seconds),
+        relative_error=error,
+        rounds=tuple(seconds),
     )
 
 
-def _arguments(job: Job) -> list[str]:
-    arguments = []
-    for name, value in dataclasses.asdict(job).items():
-        if isinstance(value, list):
-            if value:
-                arguments += [f"--{name.replace('_', '-')}", *map(str, value)]
-        else:
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
-    return arguments
+def runnable(options: Options) -> tuple[Options, list[str]]:
+    """The options with the methods that this machine can run, and what was left out and why.
+
+    Raises:
+      ValueError: no such method.
+    """
+    kept, remarks = [], []
+    torch = options.torch and importlib.util.find_spec("torch") is not None
+    for name in options.methods:
+        if name.startswith(TORCH):
+            if torch:
+                kept.append(name)
+        elif method(name).topology != "hierarchical" or options.num_workers % 2 == 0:
+            kept.append(name)
+    if options.torch and not torch:
+        remarks.append("PyTorch is not installed here: its rows are left out (make bench-peers).")
+    return dataclasses.replace(options, methods=tuple(kept)), remarks
 
 
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    today = datetime.date.today().isoformat()
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
-    return f"{model}, {os.cpu_count()} cores, {versions}, {today}"
-
-
-def report(options: Options, measured: dict[str, Measured]) -> tuple[Table, bool]:
-    """The table, and whether some compressed method met both targets."""
+def report(options: Options, measured: dict[str, Measured]) -> Table:
+    """The table: ratios to the exact mean in bytes and to PyTorch's f32 all-reduce in time."""
     speed = f"{options.megabits_per_s:g} Mbit/s" if options.megabits_per_s else "unshaped"
-    megabytes = options.num_elements * 4 / 1e6
+    megabytes = 16 * options.side**2 / 1e6
     table = Table(
         title=f"Mean of {megabytes:.1f} MB f32 over {options.num_workers} processes, {speed} links",
-        caption=_machine(),
+        caption=machine("jax", "torch"),
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("MB / worker", "ratio", "s / round", "ratio", "rel. error"):
+    headings = ("MB / worker", "/ exact", "s / round", "/ torch f32", "rel. error")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    exact, met = measured["exact"], False
+
+    def ratio(x: float, base: float | None) -> str:
+        return "" if base is None else f"{x / base:.3f}"
+
+    exact = measured["exact"].sent_bytes if "exact" in measured else None
+    base = measured[BASELINE].seconds if BASELINE in measured else None
     for name, m in measured.items():
-        bytes_ratio, time_ratio = m.sent_bytes / exact.sent_bytes, m.seconds / exact.seconds
-        met |= bytes_ratio <= BYTES_TARGET and time_ratio <= TIME_TARGET
         table.add_row(
             name,
             f"{m.sent_bytes / 1e6:.2f}",
-            f"{bytes_ratio:.3f}",
+            ratio(m.sent_bytes, exact),
             f"{m.seconds:.3f}",
-            f"{time_ratio:.3f}",
+            ratio(m.seconds, base),
             f"{m.relative_error:.1e}",
         )
-    return table, met
+    return table
+
+
+def verdicts(measured: dict[str, Measured]) -> list[tuple[str, bool]]:
+    """A line for each target whose rows were measured, and whether it was met."""
+    lines = []
+    for target in TARGETS:
+        if not {target.name, target.bytes_of, target.time_of} <= measured.keys():
+            continue
+        m = measured[target.name]
+        of_bytes = m.sent_bytes / measured[target.bytes_of].sent_bytes
+        of_time = m.seconds / measured[target.time_of].seconds
+        met = of_bytes <= target.bytes_ratio and of_time <= target.time_ratio
+        lines.append(
+            (
+                f"{target.name}: bytes {of_bytes:.3f} of {target.bytes_of} "
+                f"(target {target.bytes_ratio}), time {of_time:.3f} of {target.time_of} "
+                f"(target {target.time_ratio}): {'met' if met else 'MISSED'}",
+                met,
+            )
+        )
+    return lines
 
 
 def main(options: Options) -> int:
-    """Prints the table; status 1 if the targets are missed, 0 if met or not measurable here."""
+    """Prints the table; status 1 if a target is missed, 0 if met or not measurable here."""
     console = Console()
+    options, remarks = runnable(options)
+    for remark in remarks:
+        console.print(remark, markup=False)
     try:
-        measured = run(options)
+        measured = run(options, console)
     except NamespacesUnavailable as error:
         console.print(f"links benchmark skipped: {error}", markup=False)
         return 0
-    table, met = report(options, measured)
-    console.print(table)
-    targets = f"bytes at most {BYTES_TARGET}, time at most {TIME_TARGET} of the exact mean's"
-    if options.blocks:
-        console.print(f"targets ({targets}): {'met' if met else 'MISSED'}")
-    return 0 if met or not options.blocks else 1
+    console.print(report(options, measured))
+    lines = verdicts(measured)
+    for line, _ in lines:
+        console.print(line, markup=False, highlight=False)
+    if options.json is not None:
+        content = {
+            "machine": machine("jax", "torch"),
+            "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "json"},
+            "measured": {name: dataclasses.asdict(m) for name, m in measured.items()},
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if all(met for _, met in lines) else 1
 
 
 if __name__ == "__main__":

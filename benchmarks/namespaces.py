@@ -91,6 +91,23 @@ def linked_workers(
             _remove([f"{group}-bridge", *(worker.namespace for worker in workers)])
 
 
+def shape(workers: Sequence[LinkedWorker], megabits_per_s: float | None) -> None:
+    """Sets what each worker may send from now on, in 10^6 bit/s; None lifts the limit.
+
+    A link that was idle sends 64 KiB or 2 ms' worth at full speed, whichever is more: less would
+    slow fast links down, more would be a present to small payloads.
+    """
+    for worker in workers:
+        device = ["tc", "-n", worker.namespace, "qdisc"]
+        if megabits_per_s is None:
+            with contextlib.suppress(subprocess.CalledProcessError):  # there is none
+                _run(*device, "delete", "dev", INTERFACE, "root")
+            continue
+        burst = max(64 * 1024, round(megabits_per_s * 1e6 / 8 * 0.002))
+        rate = ["tbf", "rate", f"{megabits_per_s}mbit", "burst", f"{burst}b", "latency", "400ms"]
+        _run(*device, "replace", "dev", INTERFACE, "root", *rate)
+
+
 def run_together(
     commands: Sequence[Sequence[str]], timeout_s: float, env: dict[str, str] | None = None
 ) -> list[str]:
@@ -143,9 +160,8 @@ def _build(bridge: str, workers: list[LinkedWorker], megabits_per_s: float | Non
         _run("ip", "-n", name, "addr", "add", f"{worker.address}/24", "dev", INTERFACE)
         _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", name, "link", "set", INTERFACE, "up")
-        if megabits_per_s is not None:
-            shape = ["tbf", "rate", f"{megabits_per_s}mbit", "burst", "256kb", "latency", "400ms"]
-            _run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", *shape)
+    if megabits_per_s is not None:
+        shape(workers, megabits_per_s)
 
 
 def _remove(namespaces: list[str]) -> None:

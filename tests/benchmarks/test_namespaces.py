@@ -15,6 +15,7 @@ from benchmarks.namespaces import (
     linked_workers,
     run_together,
     sent_bytes,
+    shape,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +79,25 @@ def test_counter_sees_what_is_sent_and_the_rate_holds():
         printed = run_together(commands, 60, dict(os.environ, PYTHONPATH=str(ROOT)))
     sent, seconds = map(float, printed[1].split())
     assert num_bytes <= sent <= 1.07 * num_bytes + 2000
-    # A full bucket of 256 kB leaves at once; the rest may not go faster than the rate.
-    assert seconds >= 0.95 * (num_bytes - 256 * 1024) * 8 / (megabits_per_s * 1e6)
+    # A full bucket of 64 KiB leaves at once; the rest may not go faster than the rate.
+    assert seconds >= 0.95 * (num_bytes - 64 * 1024) * 8 / (megabits_per_s * 1e6)
+
+
+@pytest.mark.usefixtures("permitted")
+def test_the_rate_changes_while_the_namespaces_live():
+    with linked_workers(1, 10.0) as workers:
+
+        def shaped() -> str:
+            show = ["tc", "-n", workers[0].namespace, "qdisc", "show", "dev", "e0"]
+            return subprocess.run(show, capture_output=True, text=True, check=True).stdout
+
+        assert "tbf" in shaped()
+        assert "rate 10Mbit" in shaped()
+        shape(workers, 250.0)
+        assert "rate 250Mbit" in shaped()
+        shape(workers, None)
+        assert "tbf" not in shaped()
+        shape(workers, None)  # there is nothing to lift
 
 
 @pytest.mark.usefixtures("permitted")

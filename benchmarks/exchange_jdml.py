@@ -1,0 +1,182 @@
+"""One worker that takes means with jdml's collectives: started in a namespace, asked what to run.
+
+Answers the questions ``prepare``, ``round`` and ``quiet`` of ``benchmarks.links`` and
+``benchmarks.wire_audit`` (see ``benchmarks.crew``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.crew import serve
+from benchmarks.methods import Method, method
+from benchmarks.namespaces import sent_bytes
+from jdml.communicate import all_reduce_mean
+from jdml.communicate.codecs.reducer import Reducer
+from jdml.communicate.exchange import init_exchange
+
+NUM_MATRICES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one process is told when it starts."""
+
+    coordinator: str
+    num_workers: int
+    worker: int
+    side: int
+    """Each worker holds the values of four side × side matrices."""
+    seed: int = 0
+
+
+def values(worker: int, side: int, seed: int) -> np.ndarray:
+    """What a worker has to say: normal values, f32 ``[4 · side²]``."""
+    draw = np.random.default_rng((seed, worker))
+    return draw.standard_normal(NUM_MATRICES * side * side, dtype=np.float32)
+
+
+def relative_error(mean: np.ndarray, num_workers: int, side: int, seed: int) -> float:
+    """``|mean - exact| / |exact|`` in f64."""
+    exact = sum(values(i, side, seed).astype(np.float64) for i in range(num_workers)) / num_workers
+    return float(np.linalg.norm(mean - exact) / np.linalg.norm(exact))
+
+
+def workers_mesh(topology: str, devices: Any) -> Mesh:
+    """The mesh over which a topology takes its mean, all of its axes being the workers'.
+
+    ``hierarchical`` sees two groups of workers.
+    """
+    devices = np.asarray(devices)
+    shape, names = (devices.size,), ("data",)
+    if topology == "hierarchical":
+        shape, names = (2, devices.size // 2), ("group", "member")
+    return Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def exchange(this: Method, mesh: Mesh, side: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``init(x) -> state`` and ``round(x, state, seed) -> (mean, state)``, not yet compiled.
+
+    ``x`` and every leaf of the state have a leading worker dim. Reducers see four matrices, since
+    low rank means nothing for a vector; everything else sees the vector that they make up.
+    """
+    content, axes = this.content(), mesh.axis_names
+    axis = axes[0] if len(axes) == 1 else axes
+    shape = (NUM_MATRICES, side, side) if isinstance(content, Reducer) else (-1,)
+
+    def local(x: jax.Array) -> Any:
+        x = x[0].reshape(shape)
+        return [x[i] for i in range(NUM_MATRICES)] if len(shape) == 3 else [x]
+
+    def init(x: jax.Array) -> Any:
+        return jax.tree.map(lambda s: s[None], init_exchange(content, local(x)))
+
+    def one_round(x: jax.Array, state: Any, seed: jax.Array) -> tuple[jax.Array, Any]:
+        held = jax.tree.map(lambda s: s[0], state)
+        key = jax.random.key(seed)
+        if jax.tree.leaves(state):
+            mean, held = all_reduce_mean(
+                local(x), axis, content, this.topology, key=key, residual=held
+            )
+        else:
+            mean = all_reduce_mean(local(x), axis, content, this.topology, key=key)
+        flat = jnp.concatenate([m.reshape(-1) for m in mean]) if len(mean) > 1 else mean[0]
+        return flat, jax.tree.map(lambda s: s[None], held)
+
+    on_workers = P(axis)
+    return (
+        jax.shard_map(init, mesh=mesh, in_specs=on_workers, out_specs=on_workers),
+        jax.shard_map(
+            one_round,
+            mesh=mesh,
+            in_specs=(on_workers, on_workers, P()),
+            out_specs=(P(), on_workers),
+        ),
+    )
+
+
+class Worker:
+    """Compiled methods with their states, ready to run in turns."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.states: dict[str, Any] = {}
+        self.inputs: dict[str, jax.Array] = {}
+        self.compiled: dict[str, Any] = {}
+        mesh = workers_mesh("two_phase", jax.devices())
+        self.token = self._place(np.ones((1,), np.float32), mesh)
+        self.meet = jax.jit(
+            jax.shard_map(
+                lambda t: jax.lax.psum(jnp.sum(t), "data"),
+                mesh=mesh,
+                in_specs=P("data"),
+                out_specs=P(),
+            )
+        )
+
+    def _place(self, local: np.ndarray, mesh: Mesh) -> jax.Array:
+        axes = mesh.axis_names
+        sharding = NamedSharding(mesh, P(axes))
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    def prepare(self, name: str) -> dict[str, Any]:
+        """Compiles a method and runs it once; says how wrong its first mean is."""
+        this, job = method(name), self.job
+        mesh = workers_mesh(this.topology, jax.devices())
+        x = self._place(values(job.worker, job.side, job.seed)[None], mesh)
+        init, one_round = exchange(this, mesh, job.side)
+        state = jax.jit(init)(x)
+        compiled = jax.jit(one_round).lower(x, state, np.int32(0)).compile()
+        mean, state = compiled(x, state, np.int32(0))
+        self.inputs[name], self.states[name], self.compiled[name] = x, state, compiled
+        got = np.asarray(mean.addressable_data(0), np.float64)
+        return {"relative_error": relative_error(got, job.num_workers, job.side, job.seed)}
+
+    def round(self, name: str, number: int) -> dict[str, float]:
+        """One mean: when it began and ended (a clock that all processes share), bytes sent."""
+        run, x, state = self.compiled[name], self.inputs[name], self.states[name]
+        seed = np.int32(number)
+
+        def once() -> None:
+            _, self.states[name] = jax.block_until_ready(run(x, state, seed))
+
+        return self._measured(once)
+
+    def quiet(self) -> dict[str, float]:
+        """A round of nothing: what the barriers around each round send."""
+        return self._measured(lambda: None)
+
+    def _measured(self, once: Callable[[], None]) -> dict[str, float]:
+        self.meet(self.token).block_until_ready()
+        sent, start = sent_bytes(), time.perf_counter()
+        once()
+        end = time.perf_counter()
+        self.meet(self.token).block_until_ready()  # the others are done: so is what they asked
+        return {"start": start, "end": end, "sent": sent_bytes() - sent}
+
+
+def main(job: Job) -> None:
+    """Joins the other processes and answers questions."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        job.coordinator, job.num_workers, job.worker, initialization_timeout=120
+    )
+    worker = Worker(job)
+    serve({"prepare": worker.prepare, "round": worker.round, "quiet": worker.quiet})
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Job))
