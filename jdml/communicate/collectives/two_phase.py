@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from jdml.communicate.codecs import Codec
-from jdml.communicate.codecs.base import sum_rows
-from jdml.communicate.codecs.packing import pack, unpack
+from jdml.communicate.collectives.payloads import Axis, finite, gather, in_chunks, key_of
+from jdml.communicate.collectives.scatter_sum import scatter_sum
 from jdml.communicate.error_feedback import ErrorFeedback
 
 
 def two_phase(
     vector: jax.Array,
-    axis: str | tuple[str, ...],
+    axis: Axis,
     codec: Codec,
     key: jax.Array | None,
     feedback: ErrorFeedback | None,
@@ -22,40 +22,53 @@ def two_phase(
     encodes the mean once more and sends it to all.
 
     Bytes each of K workers sends: ``2 (K-1) c``, c the payload of one chunk of ``d / K`` elements.
+
+    Reference: Tang et al., "1-bit Adam", ICML 2021 (compressed all-reduce).
     """
-    num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    size = vector.size
-    fill = -size % (num_workers * codec.granularity)
-    if fill:
-        vector = jnp.concatenate([vector, jnp.zeros(fill, vector.dtype)])
-    rows = vector.reshape(num_workers, -1)
-    # Barriers: fused into its users, an array would be computed once for each of them.
-    rows = jax.lax.optimization_barrier(rows)
-    length = rows.shape[1]
-    own = (jnp.arange(num_workers) == me)[:, None]
-    key_out = key_back = None
-    if key is not None:
-        # Different on every worker, the same on every device of the other axes, so that leaves
-        # that are replicated there stay equal.
-        key_out, key_back = jax.random.split(jax.random.fold_in(key, me))
-
-    payload = jax.lax.optimization_barrier(codec.encode_rows(rows, key_out))
-    received = jax.lax.all_to_all(pack(payload), axis, 0, 0, tiled=True)
-    shares = codec.decode_rows(unpack(received, payload), length)
-    total = sum_rows(jnp.where(own, rows, shares))
-    chunk = jax.lax.optimization_barrier((total / num_workers)[None])
-
-    chunk_payload = jax.lax.optimization_barrier(codec.encode_rows(chunk, key_back))
-    gathered = jax.lax.all_gather(pack(chunk_payload), axis, tiled=True, to="invarying")
-    mean = codec.decode_rows(unpack(gathered, chunk_payload), length).reshape(-1)[:size]
+    num_workers = jax.lax.axis_size(axis)
+    rows = in_chunks(vector, num_workers, codec.granularity)
+    total, error = scatter_sum(rows, axis, codec, key_of(key, 0))
+    chunk = jax.lax.optimization_barrier(total / num_workers)
+    mean, owed = say_chunks(chunk, axis, codec, key_of(key, 1), feedback)
+    mean = mean.reshape(-1)[: vector.size]
     if feedback is None:
         return mean, None
+    error = own_row(error, owed, axis)
+    return mean, error.reshape(-1)[: vector.size]
 
-    error = rows - codec.decode_rows(payload, length)
-    owner_error = jnp.zeros_like(chunk)
-    if feedback.two_sided:
-        owner_error = num_workers * (chunk - codec.decode_rows(chunk_payload, length))
-    error = jnp.where(jnp.isfinite(error), error, 0)
-    owner_error = jnp.where(jnp.isfinite(owner_error), owner_error, 0)
-    error = jax.lax.dynamic_update_slice_in_dim(error, owner_error, me, 0)
-    return mean, error.reshape(-1)[:size]
+
+def say_chunks(
+    chunk: jax.Array,
+    axis: Axis,
+    codec: Codec,
+    key: jax.Array | None,
+    feedback: ErrorFeedback | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Every worker says the mean that it owns to all: the last phase of an all-reduce.
+
+    Args:
+      chunk: f32 ``[length]``, the mean over the workers.
+      axis: The worker axis or axes.
+      codec: Everyone decodes the same bytes, so that results are equal bit for bit.
+      key: The same on every worker; each draws its own.
+      feedback: With a second side, the error is kept.
+
+    Returns:
+      ``(means [num_workers, length], owed [length])``: the owner's error, times the number of
+      workers, since it counts as one of their residuals.
+
+    Bytes each of K workers sends: ``(K-1) c``, c the payload of the chunk.
+    """
+    num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    payload = jax.lax.optimization_barrier(codec.encode_rows(chunk[None], key_of(key, me)))
+    means = codec.decode_rows(gather(payload, axis), chunk.size)
+    owed = jnp.zeros_like(chunk)
+    if feedback is not None and feedback.two_sided:
+        owed = finite(num_workers * (chunk - codec.decode_rows(payload, chunk.size)[0]))
+    return means, owed
+
+
+def own_row(rows: jax.Array, row: jax.Array, axis: Axis) -> jax.Array:
+    """``rows`` with the worker's own one replaced."""
+    me = jax.lax.axis_index(axis)
+    return jax.lax.dynamic_update_index_in_dim(rows, row, me, 0)

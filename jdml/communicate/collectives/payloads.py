@@ -1,0 +1,95 @@
+"""Payloads through JAX's collectives: each in one operation, byte for byte."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jdml.communicate.codecs.base import Codec, Payload
+from jdml.communicate.codecs.packing import pack, unpack
+from jdml.communicate.permute import permute
+
+Axis = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Values(Codec):
+    """What ``codec=None`` says: the values themselves, in their own dtype."""
+
+    @property
+    def granularity(self) -> int:
+        return 1
+
+    def encode_rows(self, rows: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        del key
+        return rows
+
+    def decode_rows(self, payload: jax.Array, length: int) -> jax.Array:
+        del length
+        return payload
+
+    def payload_bytes(self, length: int) -> int:
+        return 4 * length
+
+
+def scatter(payload: Payload, axis: Axis) -> Payload:
+    """Row k goes to worker k; returns the rows received, in the order of the senders."""
+    return carried(payload, lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True))
+
+
+def gather(payload: Payload, axis: Axis) -> Payload:
+    """Every worker's rows, one after the other, in unvarying type."""
+    return carried(payload, lambda x: jax.lax.all_gather(x, axis, tiled=True, to="invarying"))
+
+
+def send(payload: Payload, axis: Axis, pairs: Sequence[tuple[int, int]]) -> Payload:
+    """What the worker at the other end of ``(source, target)`` says; bytes of zero from nobody."""
+    return carried(payload, lambda x: permute(x, axis, pairs))
+
+
+def carried(payload: Payload, collective: Callable[[jax.Array], jax.Array]) -> Payload:
+    """``payload`` through ``collective``, which takes one array, and more rows or fewer back."""
+    leaves, treedef = jax.tree.flatten(payload)
+    # An array of whole words keeps its width on the wire: there is nothing to join or to pack.
+    if len(leaves) == 1 and leaves[0].dtype.itemsize >= 4:
+        return jax.tree.unflatten(treedef, [collective(leaves[0])])
+    return unpack(collective(pack(payload)), payload)
+
+
+def in_chunks(vector: jax.Array, num_chunks: int, granularity: int) -> jax.Array:
+    """``[num_chunks, length]``, filled up with whole blocks of zeros."""
+    fill = -vector.size % (num_chunks * granularity)
+    if fill:
+        vector = jnp.concatenate([vector, jnp.zeros(fill, vector.dtype)])
+    return vector.reshape(num_chunks, -1)
+
+
+def sum_decoded(codec: Codec, payload: Payload, length: int) -> jax.Array:
+    """Sum of the decoded rows, f32 ``[length]``, without a matrix of them all."""
+    if type(codec).decode_sum is not Codec.decode_sum:
+        return codec.decode_sum(payload, length)
+
+    def row(k: int | jax.Array) -> jax.Array:
+        one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k, 1), payload)
+        return codec.decode_rows(one, length)[0]
+
+    num_rows = jax.tree.leaves(payload)[0].shape[0]
+    if num_rows > 32:
+        return jax.lax.fori_loop(1, num_rows, lambda k, total: total + row(k), row(0))
+    total = row(0)
+    for k in range(1, num_rows):
+        total = total + row(k)
+    return total
+
+
+def finite(error: jax.Array) -> jax.Array:
+    """What may be kept in a residual: a value that is not finite would poison it for good."""
+    return jnp.where(jnp.isfinite(error), error, 0)
+
+
+def key_of(key: jax.Array | None, *numbers: int | jax.Array) -> jax.Array | None:
+    """A key for each tuple of numbers; none from none."""
+    for number in numbers:
+        key = None if key is None else jax.random.fold_in(key, number)
+    return key
