@@ -97,6 +97,8 @@ def constrain(x: jax.Array, *names: Any) -> jax.Array:
     manual = _manual_axes()
     policy: OnIndivisible = "replicate" if rules.on_indivisible == "replicate" else "error"
     spec = fit(where, x.shape, _without(spec, hide | manual), mesh, policy)
+    if P.UNCONSTRAINED in spec and manual.issuperset(mesh.axis_names):
+        return x  # no axis is left to leave to the partitioner, and JAX refuses to
     try:
         # In a manual region the mesh is the surrounding one, which only a bare spec refers to.
         return jax.lax.with_sharding_constraint(x, spec if manual else NamedSharding(mesh, spec))

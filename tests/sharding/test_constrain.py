@@ -210,6 +210,17 @@ def test_shard_map_drops_the_manual_axes(mesh, manual, check_vma):
     assert pinned
 
 
+def test_shard_map_over_all_axes_has_nothing_to_leave_open():
+    mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
+
+    def double(x):
+        return constrain(2 * x, P.UNCONSTRAINED, "seq")
+
+    mapped = jax.shard_map(double, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    with use_rules(mesh, RULES):
+        np.testing.assert_array_equal(jax.jit(mapped)(X), 2 * X)
+
+
 # --- in models -------------------------------------------------------------------------------
 
 
