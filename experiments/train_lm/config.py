@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jdml.models.transformer import TransformerConfig
+from jdml.train.checkpoint import ResidualPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Config:
     """Folder for checkpoints, metrics and the report."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest checkpoint, if there is one."""
+    residual: ResidualPolicy = "sum"
+    """What error feedback owes, on another number of workers: keep its sum, or the mean's share;
+    reset: begin with none."""
 
     data: Path | None = None
     """Text file, folder of text, or token file (.bin, .npy); default: Python's standard library."""
@@ -109,6 +113,7 @@ class Config:
         free = {
             "out",
             "resume",
+            "residual",
             "data",
             "simulate",
             "mesh",

@@ -178,7 +178,7 @@ def train(
             if name != "exact" or not config.compare:
                 console.print(describe(state.params))
         else:
-            state, position, latest = checkpointer.restore(abstract)
+            state, position, latest = checkpointer.restore(abstract, residual=config.residual)
             batches.restore(position)
             console.print(f"{name}: resumed at step {latest} of {config.steps}")
         measure = make_evaluate(loss_fn, mesh, rules)

@@ -21,9 +21,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jdml.train.saving import folder as folders
-from jdml.train.saving import leaves, orbax, record
+from jdml.train.saving import leaves, orbax, record, residuals
 from jdml.train.saving.digest import digest_arrays
 from jdml.train.saving.errors import HINTS, brief, os_error, true_cause
+from jdml.train.saving.residuals import ResidualPolicy as ResidualPolicy
 
 PyTree = Any
 
@@ -163,6 +164,7 @@ class Checkpointer:
             "config": self._config,
             "leaves": leaves.kinds(arrays),
             "digests": _digests(arrays),
+            "residuals": sorted(residuals.debts(state)),
             "data": data,
             "metrics": values,
             "jax": jax.__version__,
@@ -215,32 +217,49 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def restore(self, abstract_state: PyTree, step: int | None = None) -> Restored:
+    def restore(
+        self,
+        abstract_state: PyTree,
+        step: int | None = None,
+        residual: ResidualPolicy = "sum",
+    ) -> Restored:
         """Reads a checkpoint onto the shardings asked for, whatever it was saved with.
 
         Every array's digest is compared with the saved one. A newest checkpoint that is damaged is
         skipped with a ``CheckpointWarning``, and the newest that verifies is taken; the damaged one
         is renamed, not removed, when the run saves again.
 
+        What error feedback owes (leaves in a NamedTuple's field ``residual``) is moved to another
+        number of workers, K to K', after it was verified: worker ``j`` takes over the residuals of
+        all ``k`` with ``k mod K' = j``. A mean over the workers owes their sum divided by their
+        number, so that ``"sum"`` keeps every worker's own debt, which then counts ``K / K'`` as
+        much in the mean, as the workers' gradients do; ``"mean"`` keeps what the mean owes.
+
         Args:
           abstract_state: Pytree of ``jax.ShapeDtypeStruct`` with shardings, or of arrays.
           step: This step and no other; the newest by default.
+          residual: ``"sum"``; ``"mean"``, which multiplies by ``K' / K`` as well; or ``"reset"``,
+            which begins with zeros whatever was saved, and reads none of it, on the same number of
+            workers too (also where the checkpoint has no residuals, or the new run none).
 
         Raises:
-          ValueError: the checkpoint is of another model or configuration; names each difference.
-            No array has been read.
+          ValueError: the checkpoint is of another model or configuration, or holds another value
+            per worker for another number of workers; names each difference. No array has been
+            read.
           OSError: there is no such checkpoint, or none that verifies; says why for each.
         """
         self.wait()
+        residuals.check_policy(residual)
+        owed = residuals.debts(abstract_state)
         wanted = leaves.by_path(abstract_state)
-        shardings = leaves.check_shardings(wanted)
+        leaves.check_shardings(wanted)
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise FileNotFoundError(errno.ENOENT, f"{what}; there are {steps}", str(self.folder))
         reasons = []
         for candidate in reversed(steps) if step is None else [step]:
-            arrays, data, reason = self._read(candidate, wanted, shardings)
+            arrays, data, reason = self._read(candidate, wanted, owed, residual)
             if reason is None:
                 structure = jax.tree.structure(abstract_state)
                 state = jax.tree.unflatten(structure, [arrays[path] for path in wanted])
@@ -259,7 +278,11 @@ class Checkpointer:
         )
 
     def _read(
-        self, step: int, wanted: dict[str, Any], shardings: dict[str, jax.sharding.Sharding]
+        self,
+        step: int,
+        wanted: dict[str, Any],
+        owed: frozenset[str],
+        policy: ResidualPolicy,
     ) -> tuple[dict[str, jax.Array], Any, str | None]:
         """``(arrays, data, None)``, or the reason why the checkpoint is damaged."""
         try:
@@ -267,18 +290,14 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             return {}, None, str(error)
         self._refuse_other_record(step, about)
-        differences = record.leaf_differences(about["leaves"], leaves.kinds(wanted))
-        if differences:
-            raise ValueError(
-                f"the checkpoint of step {step} in {self.folder} is of another model:"
-                f"{record.listed(differences)}\nResume with the model that was saved, or start "
-                "anew in another folder."
-            )
+        plan = residuals.plan(about, wanted, owed, policy)
+        if plan.refusal:
+            raise ValueError(f"the checkpoint of step {step} in {self.folder} {plan.refusal}")
         arrays: dict[str, jax.Array] = {}
         reason = None
         try:
-            arrays = orbax.read_arrays(folders.arrays_path(self.folder, step), wanted, shardings)
-            reason = orbax.unlike(arrays, wanted, shardings)
+            arrays = orbax.read_arrays(folders.arrays_path(self.folder, step), plan.asked)
+            reason = orbax.unlike(arrays, plan.asked)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the machine's trouble, not the checkpoint's
         except Exception as error:
@@ -291,7 +310,7 @@ class Checkpointer:
             more = f" and {len(changed) - 3} more leaves" if len(changed) > 3 else ""
             names = ", ".join(repr(path) for path in changed[:3])
             return {}, None, f"{names}{more}: the bits are not those saved (digests differ)"
-        return arrays, about["data"], None
+        return arrays | residuals.settle(arrays, wanted, plan), about["data"], None
 
     def _record(self, step: int) -> record.Json:
         return record.unseal(folders.record_path(self.folder, step).read_bytes())

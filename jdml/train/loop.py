@@ -68,8 +68,9 @@ def fit(
     steps since the run began, over all its resumptions; compilation, evaluation and saving left
     out), ``tokens_per_second``, ``bytes_per_step`` and ``bytes_sent``, and what ``evaluate`` gave.
     Bytes are what one device sends over axes that include the worker axis, read off the compiled
-    program; a collective that runs only on some steps is counted as if it ran on each, and one in
-    a loop of unknown length as if that ran once.
+    program: of exchanges that happen on some steps only, those that happened
+    (``jdml.communicate.branch``); a collective in a loop of unknown length counts as if that ran
+    once.
 
     Args:
       step: From :func:`jdml.train.make_step`.
@@ -91,6 +92,7 @@ def fit(
     first = int(state.step)
     log = MetricsLog(None) if log is None else log
     seconds = log.rows[-1]["seconds"] if log.rows else 0.0
+    sent = log.rows[-1]["bytes_sent"] if log.rows else 0
     if console is None:
         console = Console(quiet=jax.process_index() != 0)
     if first >= num_steps:
@@ -99,12 +101,11 @@ def fit(
     batch = next(data)
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile()
-    sent = bytes_per_axis(collectives(compiled, mesh), unknown_count=1)
-    between = set(axes_of(workers))
-    bytes_per_step = sum(n for axes, n in sent.items() if between & set(axes or ()))
+    wire = _WireCounter(compiled, mesh, workers)
+    at_most = "" if wire.always == wire.at_most else "at most "
     console.print(
         f"{name}: compiled in {time.perf_counter() - started:.1f} s; each device sends "
-        f"{format_bytes(bytes_per_step)} per step over {workers!r}"
+        f"{at_most}{format_bytes(wire.at_most)} per step over {workers!r}"
     )
 
     # On CPU, steps in flight together starve each other's collectives of threads.
@@ -114,7 +115,7 @@ def fit(
 
     def settle(more: Callable[[], dict[str, float]] | None = None) -> None:
         """Waits for the oldest step in flight and books it; time spent in ``more`` is not its."""
-        nonlocal seconds, clock
+        nonlocal seconds, clock, sent
         number, metrics = in_flight.popleft()
         values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
         elapsed = time.perf_counter() - clock
@@ -122,14 +123,16 @@ def fit(
         row = {"step": number, **values, "seconds": seconds}
         if tokens_per_step:
             row["tokens_per_second"] = tokens_per_step / elapsed
-        row |= {"bytes_per_step": bytes_per_step, "bytes_sent": bytes_per_step * number}
+        bytes_per_step = wire.sent(values)
+        sent += bytes_per_step
+        row |= {"bytes_per_step": bytes_per_step, "bytes_sent": sent}
         if more is not None:
             row |= more()
         log.append(row)
         bar.update(row)
         clock = time.perf_counter()
 
-    with _stop_on_signals() as stop, _Bar(console, name, first, num_steps, bytes_per_step) as bar:
+    with _stop_on_signals() as stop, _Bar(console, name, first, num_steps) as bar:
         for number in range(first + 1, num_steps + 1):
             if number > first + 1:
                 batch = next(data)
@@ -165,6 +168,33 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+class _WireCounter:
+    """Bytes that one device sends between workers, step by step, from the compiled program."""
+
+    def __init__(self, compiled: Any, mesh: Mesh, workers: str | tuple[str, ...]):
+        between = set(axes_of(workers))
+        self._listed = [c for c in collectives(compiled, mesh) if between & set(c.axes or ())]
+        self._names = {name for c in self._listed for name, _ in c.branches}
+        self._known: dict[tuple[tuple[str, int], ...], int] = {}
+        self.at_most = self._sum({})
+        self.always = self._sum(dict.fromkeys(self._names, -1))
+
+    def sent(self, metrics: dict[str, float]) -> int:
+        """Of a step with these metrics, which tell the branches that were taken."""
+        taken = {
+            name: round(metrics[f"branch.{name}"])
+            for name in sorted(self._names)
+            if f"branch.{name}" in metrics
+        }
+        key = tuple(taken.items())
+        if key not in self._known:
+            self._known[key] = self._sum(taken)
+        return self._known[key]
+
+    def _sum(self, taken: dict[str, int]) -> int:
+        return sum(bytes_per_axis(self._listed, unknown_count=1, taken=taken).values())
 
 
 class _Flag:
@@ -204,13 +234,12 @@ def _stop_on_signals() -> Iterator[_Flag]:
 class _Bar:
     """A progress bar on a terminal; a line now and then elsewhere."""
 
-    def __init__(self, console: Console, name: str, first: int, num_steps: int, sent: int):
+    def __init__(self, console: Console, name: str, first: int, num_steps: int):
         self._console = console
         self._name = name
         self._every = max(1, num_steps // LINES_PER_RUN)
         self._num_steps = num_steps
         self._first = first
-        self._sent = format_bytes(sent)
         self._speed = 0.0
         self._progress: Progress | None = None
 
@@ -238,7 +267,7 @@ class _Bar:
         parts += [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("val_")]
         if speed:
             parts.append(f"{self._speed:,.0f} tokens/s")
-        parts.append(f"{self._sent}/step")
+        parts.append(f"{format_bytes(row['bytes_sent'])} sent")
         text = "  ".join(parts)
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], text=text)

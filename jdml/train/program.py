@@ -164,7 +164,7 @@ class StepProgram:
             model_state = jax.tree.map(_mean_over_workers, model_state)
         metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
         state = TrainState(state.step + 1, params, opt_state, strong(model_state), state.key)
-        return state, {"loss": loss, **metrics}
+        return state, {"loss": loss, **metrics, **_metrics_of(opt_state)}
 
     def update(
         self, gradients: PyTree, params: PyTree, opt_state: PyTree, loss: jax.Array, key: jax.Array
@@ -209,6 +209,17 @@ class StepProgram:
 
     def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def _metrics_of(opt_state: PyTree) -> Metrics:
+    """What transformations say of their last step: their states' fields called ``metrics``."""
+    found: Metrics = {}
+    for _, metrics in optax.tree.get_all_with_path(opt_state, "metrics"):
+        found |= {
+            name: jnp.mean(x, axis=0) if x.ndim else x  # a transformation's value of each worker
+            for name, x in metrics.items()
+        }
+    return found
 
 
 def _consensus_of(trees: PyTree, flags: tuple[bool, ...]) -> PyTree:

@@ -114,6 +114,42 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, corpus):
 
 
 @pytest.mark.slow
+def test_a_stopped_run_goes_on_with_fewer_workers(tmp_path, corpus):
+    out, options = tmp_path / "out", ("--no-compare", "--batch", "24", "--steps", "400")
+    newest = out / "int8-256-ef/checkpoints/2/record"
+    with subprocess.Popen(
+        command(out, corpus, *options), env=environment(), stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not newest.exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "ended before it could be stopped"
+            time.sleep(0.005)
+        process.terminate()
+    assert process.returncode == 0
+    stopped = max(int(p.name) for p in newest.parents[1].iterdir() if p.name.isdecimal())
+    assert stopped < 400
+
+    # Four workers of two devices saved; three of two go on.
+    with subprocess.Popen(
+        command(out, corpus, *options, "--simulate", "6", "--residual", "mean"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if "resumed at step" in line:
+                assert f"resumed at step {stopped} of 400" in line
+            if "int8-256-ef  " in line:  # a step was taken
+                break
+        else:
+            pytest.fail("no step was taken")
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 0
+    assert rows(out, "int8-256-ef")[stopped]["step"] == stopped + 1
+
+
+@pytest.mark.slow
 def test_several_processes_train_as_one_does(tmp_path, corpus):
     options = ("--codec", "int8", "--no-compare")
     launch = ("-m", "jdml.launch", "-n", "2", "--devices-per-process", "2", "--")

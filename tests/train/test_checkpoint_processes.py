@@ -77,6 +77,7 @@ def test_a_killed_process_leaves_a_newest_checkpoint_that_is_whole(tmp_path):
 ONE_OF_TWO = """
     import sys
     import warnings
+    from typing import NamedTuple
     import jax
     folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
     jax.config.update("jax_platforms", "cpu")
@@ -127,6 +128,19 @@ ONE_OF_TWO = """
         checkpointer.save(3, state(7), wait=True)
         got = checkpointer.restore(state(0))
         assert got.step == 3 and same(got.state, 7)
+
+    # Saved by four workers, restored on two: worker j takes over those of j and j + 2.
+    class Feedback(NamedTuple):
+        residual: dict
+    debt = np.random.default_rng(9).normal(size=(4, 6)).astype("f4")
+    four = Feedback({name: put(debt, ("data", "model")) for name in "abcdef"})
+    two = Feedback({name: put(debt[:2], "data") for name in "abcdef"})
+    with Checkpointer(folder + "-workers") as checkpointer:
+        checkpointer.save(0, four, wait=True)
+        for array in checkpointer.restore(two).state.residual.values():
+            for shard in array.addressable_shards:
+                expected = (debt[:2] + debt[2:])[shard.index]
+                assert np.array_equal(shard.data, expected)
 
     corpus = Corpus(np.arange(200, dtype=np.uint8), 256, "counting")
     for names in (("data",), (None, "data"), ("model",), ("data", "model")):

@@ -66,11 +66,11 @@ def check_savable(named: Mapping[str, Any]) -> None:
             )
 
 
-def check_shardings(named: Mapping[str, Any]) -> dict[str, jax.sharding.Sharding]:
-    """The sharding of each leaf, all over one set of devices, as ``jax.jit`` will ask.
+def check_shardings(named: Mapping[str, Any]) -> None:
+    """Checks that all leaves are laid out over one set of devices, as ``jax.jit`` will ask.
 
     Raises:
-      ValueError: a leaf has none, its shape does not fit, or it lies on other devices.
+      ValueError: a leaf has no sharding, its shape does not fit, or it lies on other devices.
     """
     shardings: dict[str, jax.sharding.Sharding] = {}
     for path, leaf in named.items():
@@ -94,7 +94,6 @@ def check_shardings(named: Mapping[str, Any]) -> dict[str, jax.sharding.Sharding
                 "over one mesh."
             )
         shardings[path] = sharding
-    return shardings
 
 
 def _devices(sharding: jax.sharding.Sharding) -> str:

@@ -67,42 +67,41 @@ def start_saving(
     )
 
 
-def read_arrays(
-    path: Path, wanted: Mapping[str, Any], shardings: Mapping[str, jax.sharding.Sharding]
-) -> dict[str, jax.Array]:
-    """Reads arrays onto the shardings asked for; shapes and dtypes must be the saved ones."""
+def read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Reads arrays onto the shardings asked for; shapes and dtypes must be the saved ones.
+
+    What is saved and not asked for is not read.
+    """
     abstract = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in wanted.items()
         if math.prod(x.shape)
     }
     arguments = ocp.args.PyTreeRestore(
-        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         arrays = reader.restore(path, args=arguments)
     return {
-        name: arrays[name] if name in abstract else _empty(x, shardings[name])
+        name: arrays[name] if name in abstract else _empty(x, x.sharding)
         for name, x in wanted.items()
     }
 
 
-def unlike(
-    arrays: Mapping[str, jax.Array],
-    wanted: Mapping[str, Any],
-    shardings: Mapping[str, jax.sharding.Sharding],
-) -> str | None:
+def unlike(arrays: Mapping[str, jax.Array], wanted: Mapping[str, Any]) -> str | None:
     """What was read otherwise than asked for, or ``None``.
 
     When one of its own files is lost, Orbax may give plain numbers in place of typed keys.
     """
     for name, x in wanted.items():
         y = arrays[name]
-        same_sharding = y.sharding.is_equivalent_to(shardings[name], y.ndim)
+        same_sharding = y.sharding.is_equivalent_to(x.sharding, y.ndim)
         if (y.shape, y.dtype) != (tuple(x.shape), x.dtype) or not same_sharding:
             return (
                 f"its array {name!r} was read as {y.dtype}{list(y.shape)} with {y.sharding} in "
-                f"place of {x.dtype}{list(x.shape)} with {shardings[name]}"
+                f"place of {x.dtype}{list(x.shape)} with {x.sharding}"
             )
     return None
 

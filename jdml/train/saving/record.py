@@ -8,7 +8,7 @@ itself, because a flipped byte in it is as bad as one in an array.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 FORMAT = "jdml.checkpoint.1"
@@ -69,6 +69,11 @@ def config_differences(saved: Json | None, given: Json) -> list[str]:
         for key in sorted({*old, *new})
         if key not in old or key not in new or not _equal(old[key], new[key])
     ]
+
+
+def without(leaves: Mapping[str, Any], paths: Container[str]) -> Json:
+    """The leaves less those of these paths."""
+    return {path: leaf for path, leaf in leaves.items() if path not in paths}
 
 
 def leaf_differences(saved: Json, given: Json) -> list[str]:
