@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jdml.communicate import Wire
-from jdml.communicate.branch import branch
+from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import Every, check_every, is_due
@@ -25,6 +25,7 @@ class AverageParamsState(NamedTuple):
         exact mean needs none.
       outer: State of the outer optimiser, the same on every worker; ``()`` without one.
       residual: What error feedback still owes, per worker; ``()`` without it.
+      metrics: Whether the workers exchanged after the last step; ``{}`` if they always do.
     """
 
     steps: jax.Array
@@ -32,6 +33,7 @@ class AverageParamsState(NamedTuple):
     anchor: PyTree
     outer: Any
     residual: PyTree
+    metrics: dict[str, jax.Array]
 
 
 def average_params(
@@ -80,6 +82,7 @@ def average_params(
             anchor=jax.tree.map(jnp.copy, params) if anchored else (),
             outer=() if optimizer is None else optimizer.init(params),
             residual=init_exchange(codec, params),
+            metrics={} if every == 1 else first_branch("average_params"),
         )
 
     def update(
@@ -121,10 +124,12 @@ def average_params(
 
         if every == 1:
             moves, *rest = exchange()
-            return moves, AverageParamsState(steps, steps, *rest)
+            return moves, AverageParamsState(steps, steps, *rest, {})
         due = is_due(every, steps, state.last)
-        moves, *rest = branch(due, exchange_in_dtype, alone)
-        return moves, AverageParamsState(steps, jnp.where(due, steps, state.last), *rest)
+        result, metrics = choose("average_params", due, (alone, exchange_in_dtype))
+        moves, *rest = result
+        last = jnp.where(due, steps, state.last)
+        return moves, AverageParamsState(steps, last, *rest, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,7 +1,6 @@
 """Consensus ADMM: every worker fits its own samples, drawn towards an agreed model by a price."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jdml.aggregate.proximal import Proximal, prox_none
-from jdml.communicate import Wire, per_worker
+from jdml.communicate import Wire
+from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 
@@ -27,7 +27,8 @@ class ConsensusADMMState(NamedTuple):
       rho: f32, the penalty as it stands; the same on every worker.
       residual: What the exchange keeps; ``()`` if nothing.
       metrics: f32 scalars of the last round: ``admm_primal`` and ``admm_dual`` residuals, their
-        tolerances, ``admm_rho``, and ``admm_converged`` (1 when both are within).
+        tolerances, ``admm_rho``, and ``admm_converged`` (1 when both are within); and whether the
+        last step ended a round.
     """
 
     steps: jax.Array
@@ -106,7 +107,8 @@ def consensus_admm(
             metrics={
                 name: jnp.asarray(rho, jnp.float32) if name == "admm_rho" else zero
                 for name in METRICS
-            },
+            }
+            | ({} if every == 1 else first_branch("consensus_admm")),
         )
 
     def update(
@@ -161,20 +163,14 @@ def consensus_admm(
             return z, dual, fresh, new_rho, residual, metrics
 
         def alone() -> tuple[Any, ...]:
-            return state.z, state.dual, inner_state, state.rho, state.residual, state.metrics
-
-        def typed(branch: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-            """Both branches with one type: which parts differ from worker to worker."""
-            z, dual, inner_state, rho, residual, metrics = branch()
-            dual, inner_state, residual = per_worker((dual, inner_state, residual), axis)
-            return z, dual, inner_state, rho, residual, metrics
+            metrics = {name: state.metrics[name] for name in METRICS}
+            return state.z, state.dual, inner_state, state.rho, state.residual, metrics
 
         if every == 1:
-            rest = round_()
-        else:
-            due = steps % every == 0
-            rest = jax.lax.cond(due, lambda: typed(round_), lambda: typed(alone))
-        return moves, ConsensusADMMState(steps, *rest)
+            return moves, ConsensusADMMState(steps, *round_())
+        result, due = choose("consensus_admm", steps % every == 0, (alone, round_))
+        *rest, metrics = result
+        return moves, ConsensusADMMState(steps, *rest, metrics | due)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,14 +1,14 @@
 """Elastic averaging: workers tied by springs to a centre that follows their mean."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jdml.communicate import Wire, per_worker
+from jdml.communicate import Wire
+from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 
@@ -22,11 +22,13 @@ class ElasticAverageState(NamedTuple):
       steps: int32, local steps taken.
       center: The centre variable, the same on every worker.
       residual: What the exchange keeps; ``()`` if nothing.
+      metrics: Whether the workers exchanged in the last step; ``{}`` if they always do.
     """
 
     steps: jax.Array
     center: PyTree
     residual: PyTree
+    metrics: dict[str, jax.Array]
 
 
 def elastic_average(
@@ -76,6 +78,7 @@ def elastic_average(
             steps=jnp.zeros((), jnp.int32),
             center=jax.tree.map(jnp.copy, params),  # the parameters' own buffers are donated
             residual=init_exchange(codec, params),
+            metrics={} if every == 1 else first_branch("elastic_average"),
         )
 
     def update(
@@ -113,19 +116,15 @@ def elastic_average(
         def alone() -> tuple[PyTree, PyTree, PyTree]:
             return updates, state.center, state.residual
 
-        def typed(branch: Callable[[], tuple[PyTree, PyTree, PyTree]]) -> Any:
-            """Both branches with one type: updates and residual differ from worker to worker."""
-            moves, center, residual = branch()
-            return per_worker(moves, axis), center, per_worker(residual, axis)
-
+        steps: jax.Array = optax.safe_increment(state.steps)
         if every == 1:
             moves, center, residual = exchange()
-        else:
-            due = state.steps % every == 0
-            moves, center, residual = jax.lax.cond(
-                due, lambda: typed(exchange), lambda: typed(alone)
-            )
-        steps: jax.Array = optax.safe_increment(state.steps)
-        return moves, ElasticAverageState(steps, center, residual)
+            return moves, ElasticAverageState(steps, center, residual, {})
+        (moves, center, residual), metrics = choose(
+            "elastic_average",
+            state.steps % every == 0,
+            (alone, exchange),
+        )
+        return moves, ElasticAverageState(steps, center, residual, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jdml.communicate import Wire, on_shards, per_worker
+from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import Axis
 from jdml.communicate.frequency import Every, check_every, is_due
@@ -25,11 +26,13 @@ class GossipState(NamedTuple):
       steps: int32, local steps taken.
       last: int32, ``steps`` as it was at the last round.
       rounds: int32, rounds of mixing so far.
+      metrics: Whether the workers mixed in the last step; ``{}`` if they always do.
     """
 
     steps: jax.Array
     last: jax.Array
     rounds: jax.Array
+    metrics: dict[str, jax.Array]
 
 
 def gossip(
@@ -80,7 +83,7 @@ def gossip(
     def init(params: PyTree) -> GossipState:
         del params
         zero = jnp.zeros((), jnp.int32)
-        return GossipState(zero, zero, zero)
+        return GossipState(zero, zero, zero, {} if every == 1 else first_branch("gossip"))
 
     def update(
         updates: PyTree,
@@ -102,17 +105,16 @@ def gossip(
             else:
                 mixed = mix_shards(params, axis, over, state.rounds, codec, wire)
                 mixed = optax.apply_updates(mixed, updates)
-            return per_worker(
-                jax.tree.map(lambda m, x, u: (m - x).astype(u.dtype), mixed, params, updates), axis
-            )
+            return jax.tree.map(lambda m, x, u: (m - x).astype(u.dtype), mixed, params, updates)
 
         steps: jax.Array = optax.safe_increment(state.steps)
         if every == 1:
-            return exchange(), GossipState(steps, steps, state.rounds + 1)
+            return exchange(), GossipState(steps, steps, state.rounds + 1, {})
         due = is_due(every, steps, state.last)
-        moves = jax.lax.cond(due, exchange, lambda: per_worker(updates, axis))
+        moves, metrics = choose("gossip", due, (lambda: updates, exchange))
         last = jnp.where(due, steps, state.last)
-        return moves, GossipState(steps, last, state.rounds + due.astype(jnp.int32))
+        rounds = state.rounds + due.astype(jnp.int32)
+        return moves, GossipState(steps, last, rounds, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

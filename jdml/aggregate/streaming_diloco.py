@@ -1,13 +1,15 @@
 """Streaming DiLoCo: the model in fragments that are averaged in turn, and used some steps late."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jdml.communicate import Wire, per_worker
+from jdml.communicate import Wire
+from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import check_every
@@ -25,6 +27,7 @@ class StreamingDiLoCoState(NamedTuple):
       leaving: How far the worker had moved when a fragment's round began, per worker; ``()``
         without a delay.
       residual: What each fragment's exchange keeps; of ``()`` if nothing.
+      metrics: Which fragments were exchanged in the last step.
     """
 
     steps: jax.Array
@@ -32,6 +35,7 @@ class StreamingDiLoCoState(NamedTuple):
     outer: tuple[Any, ...]
     leaving: PyTree
     residual: tuple[PyTree, ...]
+    metrics: dict[str, jax.Array]
 
 
 def streaming_diloco(
@@ -99,6 +103,7 @@ def streaming_diloco(
             outer=tuple(optimizer.init(part) for part in parts),
             leaving=jax.tree.map(jnp.zeros_like, params) if delay else (),
             residual=tuple(init_exchange(codec, part) for part in parts),
+            metrics={k: v for p in range(num_fragments) for k, v in first_branch(_name(p)).items()},
         )
 
     def update(
@@ -139,22 +144,20 @@ def streaming_diloco(
                 _part(params, ids, p),
                 _part(updates, ids, p),
             )
-            return per_worker(mixed, axis), anchor, outer_state, per_worker(residual, axis)
+            return mixed, anchor, outer_state, residual
 
         def _alone(p: int) -> tuple[PyTree, PyTree, Any, PyTree]:
-            return (
-                per_worker(_part(updates, ids, p), axis),
-                _part(state.anchor, ids, p),
-                state.outer[p],
-                per_worker(state.residual[p], axis),
-            )
+            anchor = _part(state.anchor, ids, p)
+            return _part(updates, ids, p), anchor, state.outer[p], state.residual[p]
 
         results = []
+        metrics: dict[str, jax.Array] = {}
         for p in range(num_fragments):
-            due = (steps % every == (_begin(p) + delay) % every) & (
-                steps >= _begin(p, True) + delay
-            )
-            results.append(jax.lax.cond(due, lambda p=p: _round(p), lambda p=p: _alone(p)))
+            end = _begin(p, True) + delay
+            due = (steps % every == end % every) & (steps >= end)
+            result, branch = choose(_name(p), due, (partial(_alone, p), partial(_round, p)))
+            results.append(result)
+            metrics |= branch
         moves, anchors, outers, residuals = zip(*results, strict=True)
         return _joined(updates, ids, moves), StreamingDiLoCoState(
             steps,
@@ -162,6 +165,7 @@ def streaming_diloco(
             outers,
             leaving if delay else (),
             residuals,
+            metrics,
         )
 
     def _begin(p: int, first: bool = False) -> int:
@@ -170,6 +174,10 @@ def streaming_diloco(
         return step if first else step % every
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _name(p: int) -> str:
+    return f"streaming_diloco.{p}"
 
 
 def _balanced(params: PyTree, num_fragments: int) -> PyTree:

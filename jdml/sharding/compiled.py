@@ -7,7 +7,7 @@ step are read here, never estimated from the Python that asked for them.
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,9 @@ class Collective:
         program's own device order), or the (source, target) pairs of a permutation; empty for an
         exchange between TPU slices unless ``mesh`` holds their devices.
       loops: trip counts of the enclosing loops, outermost first; None where the text does not tell.
-      conditional: stands in a branch, so that it may not run; counted as if it ran.
+      conditional: stands in a branch, so that it may not run.
+      branches: ``(name, index)`` of each named branch around it, outermost first: those of a
+        ``cond`` or ``switch`` directly under ``jax.named_scope("branch.NAME")``.
       asynchronous: split into start and done (counted once), so that work may overlap it.
       between_slices: goes over the network between TPU slices, not over a slice's own links.
       name: the instruction, to find it in ``compiled.as_text()``.
@@ -65,6 +67,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     loops: tuple[int | None, ...]
     conditional: bool
+    branches: tuple[tuple[str, int], ...]
     asynchronous: bool
     between_slices: bool
     name: str
@@ -130,24 +133,30 @@ def collectives(
 
 
 def bytes_per_axis(
-    listed: Iterable[Collective], *, unknown_count: int | None = None
+    listed: Iterable[Collective],
+    *,
+    unknown_count: int | None = None,
+    taken: Mapping[str, int] | None = None,
 ) -> dict[tuple[str, ...] | None, int]:
     """Sum ``sent_bytes · count`` for each set of mesh axes: bytes one device sends per call.
 
-    Collectives in branches are counted as if every branch ran (leave out those with
-    ``conditional`` for the lower bound), and permutations as if this device sent in each. A key
-    holds all axes of one exchange: the mean over data and fsdp at once is under
-    ``("data", "fsdp")``. Without a mesh everything is under None.
+    Collectives in branches are counted as if every branch ran, but for those that ``taken`` rules
+    out; permutations as if this device sent in each. A key holds all axes of one exchange: the mean
+    over data and fsdp at once is under ``("data", "fsdp")``. Without a mesh everything is under
+    None.
 
     Args:
       listed: what ``collectives`` returned, or a selection of it.
       unknown_count: what to take for a loop whose trip count the text does not tell.
+      taken: which branch was taken, by name (see ``Collective.branches``).
 
     Raises:
       ValueError: a trip count is unknown and ``unknown_count`` is not given.
     """
     total: dict[tuple[str, ...] | None, int] = {}
     for item in listed:
+        if any((taken or {}).get(name, index) != index for name, index in item.branches):
+            continue
         count = item.count
         if count is None:
             if unknown_count is None:
@@ -281,6 +290,7 @@ def _within(
         groups=groups,
         loops=loops,
         conditional=conditional,
+        branches=_branches(this),
         asynchronous=wrapped or this.opcode.endswith("-start") or _chain(this) is not None,
         between_slices=False,
         name=this.name,
@@ -315,10 +325,17 @@ def _between_slices(
         groups=groups,
         loops=loops,
         conditional=conditional,
+        branches=_branches(this),
         asynchronous=True,
         between_slices=True,
         name=this.name,
     )
+
+
+def _branches(this: hlo.Instruction) -> tuple[tuple[str, int], ...]:
+    """Where JAX says that the instruction comes from."""
+    found = re.findall(r"\bbranch\.([\w.\-]+)/cond/branch_(\d+)_fun", this.attributes)
+    return tuple((name, int(index)) for name, index in found)
 
 
 def _device_order(compiled: Any) -> list[jax.Device] | None:
