@@ -125,6 +125,27 @@ def test_the_exchange_spans_both_axes_and_no_other():
     assert {c.axes for c in compressed} == {AXES}
 
 
+def test_exact_within_a_slice_and_compressed_between_slices():
+    mesh = two_axes()
+    problem = pytree_problem(mesh)
+
+    def build(**options):
+        tx = optax.chain(mean_gradients(AXES, **options), optax.sgd(0.1))
+        return make_step(problem.loss_fn, tx, mesh, AXES, problem.specs)
+
+    states = []
+    for init, step in (build(), build(codec=FEEDBACK, topology="hierarchical")):
+        state = init(problem.params, 0)
+        for i in range(3):
+            state, _ = step(state, make_batch(i))
+        states.append(state)
+    # A step of 0.1 along a gradient whose elements are 1/254 of their block's largest off.
+    assert_close(states[1].params, states[0].params, atol=2e-3)
+    seen = collectives(step.lower(state, make_batch(0)).compile(), mesh)
+    compressed = [c for c in seen if set(c.dtypes) <= {"u8", "s8"} and c.payload_bytes > 16]
+    assert {c.axes for c in compressed} == {("slice",)}
+
+
 def test_constrain_in_the_loss_leaves_out_both():
     mesh = two_axes()
     problem = pytree_problem(mesh)
