@@ -14,7 +14,7 @@ from flax import nnx
 from jdml.sharding import constrain
 
 
-def param(value: jax.Array, names: tuple[str, ...]) -> nnx.Param:
+def param(value: jax.Array, names: tuple[str | None, ...]) -> nnx.Param:
     """A parameter whose dims have these logical names."""
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
