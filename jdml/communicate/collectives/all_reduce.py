@@ -20,6 +20,7 @@ from jdml.communicate.collectives.ring import ring
 from jdml.communicate.collectives.tree import tree
 from jdml.communicate.collectives.two_phase import two_phase
 from jdml.communicate.error_feedback import ErrorFeedback
+from jdml.communicate.tiles import in_tiles
 
 PyTree = Any
 AllReduce = Callable[
@@ -118,7 +119,7 @@ def all_reduce_mean(
         def exchange(number: int, *vectors: jax.Array) -> tuple[jax.Array, ...]:
             bucket_key = None if key is None else jax.random.fold_in(key, number)
             vector = vectors[0] + vectors[1] if feedback else vectors[0]
-            mean, error = TOPOLOGIES[topology](vector, axis, words, bucket_key, feedback)
+            mean, error = in_tiles(TOPOLOGIES[topology])(vector, axis, words, bucket_key, feedback)
             return (mean,) if error is None else (mean, error)
 
         results = map_in_buckets(exchange, [leaves, owed] if feedback else [leaves], words)

@@ -25,7 +25,7 @@ def gather_sum(
     num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     vector = jax.lax.optimization_barrier(vector)
     payload = jax.lax.optimization_barrier(codec.encode_rows(vector[None], key_of(key, me)))
-    mean = sum_decoded(codec, gather(payload, axis), vector.size) / num_workers
+    mean = sum_decoded(codec, gather(payload, axis), len(vector)) / num_workers
     if feedback is None:
         return mean, None
-    return mean, finite(vector - codec.decode_rows(payload, vector.size)[0])
+    return mean, finite(vector - codec.decode_rows(payload, len(vector))[0])

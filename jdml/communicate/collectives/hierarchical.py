@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.equal import claim_equal
-from jdml.communicate.collectives.payloads import Axis, in_chunks, key_of
+from jdml.communicate.collectives.payloads import Axis, in_chunks, in_one, key_of
 from jdml.communicate.collectives.two_phase import own_row, two_phase
 from jdml.communicate.error_feedback import ErrorFeedback
 from jdml.communicate.wire import per_worker
@@ -40,10 +40,10 @@ def hierarchical(
         of_chunk = key_of(key, jax.lax.axis_index(fast))
         chunk, owed = two_phase(chunk, slow, codec, of_chunk, feedback)
     gathered = jax.lax.all_gather(chunk, fast, tiled=True, to="invarying")
-    mean = claim_equal(gathered, slow)[: vector.size]  # one slow worker: nobody to differ from
+    mean = claim_equal(gathered, slow)[: len(vector)]  # one slow worker: nobody to differ from
     if feedback is None:
         return mean, None
     error = jnp.zeros_like(rows)
     if owed is not None:
         error = own_row(error, num_fast * owed, fast)
-    return mean, error.reshape(-1)[: vector.size]
+    return mean, in_one(error, vector)

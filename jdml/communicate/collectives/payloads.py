@@ -58,11 +58,21 @@ def carried(payload: Payload, collective: Callable[[jax.Array], jax.Array]) -> P
 
 
 def in_chunks(vector: jax.Array, num_chunks: int, granularity: int) -> jax.Array:
-    """``[num_chunks, length]``, filled up with whole blocks of zeros."""
-    fill = -vector.size % (num_chunks * granularity)
+    """``[num_chunks, length, ...]``, filled up with whole blocks of zeros."""
+    fill = -len(vector) % (num_chunks * granularity)
     if fill:
-        vector = jnp.concatenate([vector, jnp.zeros(fill, vector.dtype)])
-    return vector.reshape(num_chunks, -1)
+        vector = jnp.concatenate([vector, jnp.zeros((fill, *vector.shape[1:]), vector.dtype)])
+    return vector.reshape(num_chunks, -1, *vector.shape[1:])
+
+
+def in_one(chunks: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of :func:`in_chunks`: a vector as long as ``like``."""
+    return chunks.reshape(-1, *like.shape[1:])[: len(like)]
+
+
+def mask_rows(mask: jax.Array, rows: jax.Array) -> jax.Array:
+    """Bool ``[num_rows]`` in a shape that broadcasts with ``rows [num_rows, ...]``."""
+    return mask.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def sum_decoded(codec: Codec, payload: Payload, length: int) -> jax.Array:

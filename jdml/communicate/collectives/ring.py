@@ -3,7 +3,7 @@
 import jax
 
 from jdml.communicate.codecs import Codec
-from jdml.communicate.collectives.payloads import Axis, finite, in_chunks, key_of, send
+from jdml.communicate.collectives.payloads import Axis, finite, in_chunks, in_one, key_of, send
 from jdml.communicate.collectives.two_phase import own_row, say_chunks
 from jdml.communicate.error_feedback import ErrorFeedback
 from jdml.communicate.wire import per_worker
@@ -60,7 +60,7 @@ def ring(
     total = jax.lax.dynamic_index_in_dim(rows, me, keepdims=False) + heard[0]
     chunk = jax.lax.optimization_barrier(total / num_workers)
     mean, owed = say_chunks(chunk, axis, codec, key_of(key, 1), feedback)
-    mean = mean.reshape(-1)[: vector.size]
+    mean = in_one(mean, vector)
     if feedback is None:
         return mean, None
-    return mean, own_row(rows, owed, axis).reshape(-1)[: vector.size]
+    return mean, in_one(own_row(rows, owed, axis), vector)

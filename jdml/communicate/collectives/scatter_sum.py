@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jdml.communicate.codecs.base import Codec
-from jdml.communicate.collectives.payloads import Axis, finite, key_of, scatter
+from jdml.communicate.collectives.payloads import Axis, finite, key_of, mask_rows, scatter
 
 
 def scatter_sum(
@@ -27,7 +27,7 @@ def scatter_sum(
     Bytes each of K workers sends: ``(K-1) c``, c the payload of one row.
     """
     me = jax.lax.axis_index(axis)
-    own = (jnp.arange(rows.shape[0]) == me)[:, None]
+    own = mask_rows(jnp.arange(rows.shape[0]) == me, rows)
     # Zeros in place of the own share decode to zeros, so that the payloads can be summed as such.
     # Barriers: fused into its users, an array would be computed once for each of them.
     others, mine = jax.lax.optimization_barrier(

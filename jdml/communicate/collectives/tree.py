@@ -42,7 +42,7 @@ def tree(
     rounds = num_workers.bit_length() - 1
     num_main = 1 << rounds
     folded = [(num_main + i, i) for i in range(num_workers - num_main)]
-    is_main, length = me < num_main, vector.size
+    is_main, length = me < num_main, len(vector)
     total = per_worker(vector, axis)
     owed = jnp.zeros_like(total)
 

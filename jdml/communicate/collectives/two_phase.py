@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jdml.communicate.codecs import Codec
-from jdml.communicate.collectives.payloads import Axis, finite, gather, in_chunks, key_of
+from jdml.communicate.collectives.payloads import Axis, finite, gather, in_chunks, in_one, key_of
 from jdml.communicate.collectives.scatter_sum import scatter_sum
 from jdml.communicate.error_feedback import ErrorFeedback
 
@@ -30,11 +30,11 @@ def two_phase(
     total, error = scatter_sum(rows, axis, codec, key_of(key, 0))
     chunk = jax.lax.optimization_barrier(total / num_workers)
     mean, owed = say_chunks(chunk, axis, codec, key_of(key, 1), feedback)
-    mean = mean.reshape(-1)[: vector.size]
+    mean = in_one(mean, vector)
     if feedback is None:
         return mean, None
     error = own_row(error, owed, axis)
-    return mean, error.reshape(-1)[: vector.size]
+    return mean, in_one(error, vector)
 
 
 def say_chunks(
@@ -61,10 +61,10 @@ def say_chunks(
     """
     num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     payload = jax.lax.optimization_barrier(codec.encode_rows(chunk[None], key_of(key, me)))
-    means = codec.decode_rows(gather(payload, axis), chunk.size)
+    means = codec.decode_rows(gather(payload, axis), len(chunk))
     owed = jnp.zeros_like(chunk)
     if feedback is not None and feedback.two_sided:
-        owed = finite(num_workers * (chunk - codec.decode_rows(payload, chunk.size)[0]))
+        owed = finite(num_workers * (chunk - codec.decode_rows(payload, len(chunk))[0]))
     return means, owed
 
 
