@@ -9,13 +9,18 @@ from jdml.aggregate.choco import ChocoState as ChocoState
 from jdml.aggregate.choco import choco as choco
 from jdml.aggregate.consensus_admm import ConsensusADMMState as ConsensusADMMState
 from jdml.aggregate.consensus_admm import consensus_admm as consensus_admm
+from jdml.aggregate.distill_ensemble import DistillEnsemble as DistillEnsemble
+from jdml.aggregate.distill_ensemble import distill_ensemble as distill_ensemble
 from jdml.aggregate.elastic_average import ElasticAverageState as ElasticAverageState
 from jdml.aggregate.elastic_average import elastic_average as elastic_average
+from jdml.aggregate.ensemble import ensemble as ensemble
 from jdml.aggregate.gossip import GossipState as GossipState
 from jdml.aggregate.gossip import consensus_distance as consensus_distance
 from jdml.aggregate.gossip import gossip as gossip
 from jdml.aggregate.mean_gradients import MeanGradientsState as MeanGradientsState
 from jdml.aggregate.mean_gradients import mean_gradients as mean_gradients
+from jdml.aggregate.one_bit_adam import OneBitAdamState as OneBitAdamState
+from jdml.aggregate.one_bit_adam import one_bit_adam as one_bit_adam
 from jdml.aggregate.proximal import prox_box as prox_box
 from jdml.aggregate.proximal import prox_elastic_net as prox_elastic_net
 from jdml.aggregate.proximal import prox_l1 as prox_l1
@@ -25,3 +30,6 @@ from jdml.aggregate.push_sum import PushSumState as PushSumState
 from jdml.aggregate.push_sum import push_sum as push_sum
 from jdml.aggregate.streaming_diloco import StreamingDiLoCoState as StreamingDiLoCoState
 from jdml.aggregate.streaming_diloco import streaming_diloco as streaming_diloco
+from jdml.aggregate.vote import vote as vote
+from jdml.aggregate.zero_one_adam import ZeroOneAdamState as ZeroOneAdamState
+from jdml.aggregate.zero_one_adam import zero_one_adam as zero_one_adam

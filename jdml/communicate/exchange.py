@@ -34,9 +34,14 @@ def exchange_mean(
     """
     key = None if wire is None else wire.key
     extras = () if key is None else (key,)
+    kept: PyTree = ()
     if isinstance(codec, Reducer):
-        mean, state = all_reduce_mean(tree, axis, codec, topology, key=key, residual=state)
-        return mean, state
+        if jax.lax.axis_size(axis) > 1:
+            mean, state = all_reduce_mean(tree, axis, codec, topology, key=key, residual=state)
+            return mean, state
+        # XLA's partitioner refuses a sum over an axis of one device beside automatic axes.
+        tree, kept = codec.alone(tree, state)
+        codec = None
     if isinstance(codec, ErrorFeedback):
 
         def with_feedback(x: PyTree, e: PyTree, *key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -51,4 +56,4 @@ def exchange_mean(
         return (all_reduce_mean(x, axis, codec, topology, key=key[0] if key else None),)
 
     (mean,) = on_shards(without, wire, (tree,), extras)
-    return mean, ()
+    return mean, kept

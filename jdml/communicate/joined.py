@@ -16,7 +16,7 @@ def joined_mean(xs: Sequence[jax.Array], axis: str | tuple[str, ...]) -> list[ja
     others without being gathered: there the arrays go to one ``psum``, which XLA's compilers make
     one collective as far as they think it good.
     """
-    means = [jnp.zeros_like(x) for x in xs]
+    means = [jnp.zeros(x.shape, x.dtype) for x in xs]
     if _automatic_axes():
         groups = [[i for i, x in enumerate(xs) if x.size]]
         for i, mean in zip(groups[0], jax.lax.pmean([xs[i] for i in groups[0]], axis), strict=True):

@@ -19,13 +19,16 @@ from jdml.aggregate import (
     elastic_average,
     gossip,
     mean_gradients,
+    one_bit_adam,
     prox_l2,
     push_sum,
     streaming_diloco,
+    zero_one_adam,
 )
 from jdml.communicate import error_feedback
-from jdml.communicate.codecs import int8
+from jdml.communicate.codecs import int8, power_sgd
 from jdml.communicate.topology import Graph, exponential, from_edges, one_peer_exponential, ring
+from tests.aggregate.optimiser_references import frozen_adam, low_rank, zero_one
 
 Worker = tuple[Any, Any]
 """(params, opt_state) of one worker."""
@@ -364,5 +367,41 @@ METHODS = {
     ),
     "push_sum, directed": Method(
         lambda inner: optax.chain(inner, push_sum("data", one_way)), pushing(one_way)
+    ),
+    "mean_gradients PowerSGD": Method(
+        lambda inner: optax.chain(mean_gradients("data", power_sgd(2, min_ratio=1)), inner),
+        low_rank(2),
+        1e-4,
+    ),
+    "average_params PowerSGD": Method(
+        lambda inner: optax.chain(
+            inner, average_params("data", 2, codec=power_sgd(4, min_ratio=0))
+        ),
+        local(2),
+        5e-2,
+    ),
+    "one_bit_adam, exact": Method(
+        lambda inner: one_bit_adam("data", 3e-2, 2, codec=None),
+        frozen_adam(3e-2, 2),
+        lone_worker_is_inner=False,
+    ),
+    "one_bit_adam": Method(
+        lambda inner: one_bit_adam("data", 3e-2, 2),
+        frozen_adam(3e-2, 2),
+        0.3,
+        lone_worker_is_inner=False,
+    ),
+    "zero_one_adam, exact": Method(
+        lambda inner: zero_one_adam(
+            "data", 3e-2, 2, kappa=1, double_every=1, max_interval=2, codec=None
+        ),
+        zero_one(3e-2, 2, 1, 1, 2),
+        lone_worker_is_inner=False,
+    ),
+    "zero_one_adam": Method(
+        lambda inner: zero_one_adam("data", 3e-2, 3, max_interval=1),
+        zero_one(3e-2, 3, 16, 1, 1),
+        0.3,
+        lone_worker_is_inner=False,
     ),
 }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdml.communicate.branch import branch
+from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.codecs.matrix_view import MatrixView, matrix_view
 from jdml.communicate.codecs.orthogonalise import orthonormal_rows, unit_rows
 from jdml.communicate.codecs.reducer import Reducer
@@ -36,11 +36,13 @@ class PowerSgdState(NamedTuple):
       residual: What this worker's matrices still owe, f32, per worker; ``()`` for an exact leaf.
       factors: The last round's right factors, f32 ``[*stack, rank, *columns]``, the same on every
         worker; ``()`` for an exact leaf, and for all of them without ``warm_start``.
+      metrics: With ``start_step``, whether the last round was compressed.
     """
 
     steps: jax.Array
     residual: PyTree
     factors: PyTree
+    metrics: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ class PowerSgd(Reducer):
             steps=jnp.zeros((), jnp.int32),
             residual=treedef.unflatten(residual),
             factors=treedef.unflatten(factors) if self.warm_start else (),
+            metrics=first_branch("power_sgd") if self.start_step else {},
         )
 
     def reduce_mean(
@@ -135,26 +138,32 @@ class PowerSgd(Reducer):
         def exact() -> Any:
             return _rounded(joined_mean([_wide(x) for x in leaves], axis), leaves), owed, kept
 
-        def paid() -> Any:
-            """A lone worker says nothing, so it owes nothing: what it owed is paid now."""
-            wide = [_wide(x) + e if i in views else _wide(x) for i, (x, e) in enumerate(pairs)]
-            means = _rounded(joined_mean(wide, axis), leaves)
-            return means, jax.tree.map(jnp.zeros_like, owed), kept
-
-        pairs = list(zip(leaves, owed, strict=True))
+        metrics = state.metrics
         if jax.lax.axis_size(axis) == 1:
-            means, owed, kept = paid()
-        elif not views:
+            tree, state = self.alone(tree, state)
+            wide = [_wide(x) for x in jax.tree.leaves(tree)]
+            return treedef.unflatten(_rounded(joined_mean(wide, axis), leaves)), state
+        if not views:
             means, owed, kept = exact()
         elif self.start_step:
-            means, owed, kept = branch(state.steps >= self.start_step, compressed, exact)
+            started = state.steps >= self.start_step
+            (means, owed, kept), metrics = choose("power_sgd", started, (exact, compressed))
         else:
             means, owed, kept = compressed()
         return treedef.unflatten(means), PowerSgdState(
             steps=state.steps + 1,
             residual=treedef.unflatten(owed),
             factors=() if kept is None else treedef.unflatten(kept),
+            metrics=metrics,
         )
+
+    def alone(self, tree: PyTree, state: PowerSgdState) -> tuple[PyTree, PowerSgdState]:
+        leaves, treedef = _flatten(tree)
+        owed = treedef.flatten_up_to(state.residual)
+        for i in self._views(tree):
+            leaves[i] = (_wide(leaves[i]) + owed[i]).astype(leaves[i].dtype)
+        residual = jax.tree.map(jnp.zeros_like, state.residual)
+        return treedef.unflatten(leaves), state._replace(steps=state.steps + 1, residual=residual)
 
     def _views(self, tree: PyTree) -> dict[int, MatrixView]:
         """The views of the leaves that are compressed, by their number."""

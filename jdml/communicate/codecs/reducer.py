@@ -38,3 +38,10 @@ class Reducer(abc.ABC):
           axis: The worker axis or axes.
           key: PRNG key, the same on every worker.
         """
+
+    @abc.abstractmethod
+    def alone(self, tree: PyTree, state: Any) -> tuple[PyTree, Any]:
+        """``(what the mean would be, new state)`` of a lone worker, without a collective.
+
+        It says nothing, so it leaves nothing out, and what it still owed is paid.
+        """
