@@ -8,3 +8,9 @@ from jdml.communicate.codecs.int8 import int8 as int8
 from jdml.communicate.codecs.power_sgd import PowerSgd as PowerSgd
 from jdml.communicate.codecs.power_sgd import PowerSgdState as PowerSgdState
 from jdml.communicate.codecs.power_sgd import power_sgd as power_sgd
+from jdml.communicate.codecs.random_k import RandomK as RandomK
+from jdml.communicate.codecs.random_k import random_k as random_k
+from jdml.communicate.codecs.threshold import Threshold as Threshold
+from jdml.communicate.codecs.threshold import threshold as threshold
+from jdml.communicate.codecs.top_k import TopK as TopK
+from jdml.communicate.codecs.top_k import top_k as top_k

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jdml.communicate.codecs import Codec, int8
+import numpy as np
+
+from jdml.communicate.codecs import Codec, int8, random_k, threshold, top_k
 
 
 class Case(NamedTuple):
@@ -36,6 +38,37 @@ def nearest(levels: int, block: int) -> Callable[..., float]:
     return lambda x: worst / (1 + worst)
 
 
+def low_bytes_and_steps(num_slots: int, num_places: int) -> int:
+    """Bits of indices: the lowest 8 of each, the steps of the others in unary, in whole words."""
+    return 8 * num_slots + 32 * -(-(num_slots + (num_places - 1) // 256) // 32)
+
+
+def above(value: float, part: float) -> Callable[..., float]:
+    """The part of the square that a threshold leaves, where the largest go first."""
+
+    def left(x):
+        square = np.sort(np.asarray(x, np.float64) ** 2)[::-1]
+        sent = (square > value**2) & (np.arange(len(square)) < part * len(square))
+        return square[~sent].sum() / square.sum()
+
+    return left
+
+
 CODECS = {
     "int8": Case(int8(16), lambda n: 8 + 32 / 16, nearest(127, 16), keeps_scale=False),
+    "top_k": Case(
+        top_k(1 / 16), lambda n: 32 / 16 + low_bytes_and_steps(n // 16, n) / n, lambda x: 15 / 16
+    ),
+    "top_k of blocks, in int8": Case(
+        top_k(4, int8(4), block=64),
+        lambda n: (8 + 32 / 4) / 16 + low_bytes_and_steps(n // 16, n) / n,
+        lambda x: 15 / 16 + nearest(127, 4)(x),
+    ),
+    "threshold": Case(
+        threshold(1.0, 1 / 4), lambda n: 32 / 4 + 1, above(1.0, 1 / 4), keeps_scale=False
+    ),
+    "random_k": Case(random_k(1 / 4), lambda n: 32 / 4 + 64 / n, lambda x: 3 / 4),
+    "random_k, unbiased": Case(
+        random_k(1 / 4, unbiased=True), lambda n: 32 / 4 + 64 / n, lambda x: 3, unbiased=True
+    ),
 }
