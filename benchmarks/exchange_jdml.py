@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,23 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.crew import serve
 from benchmarks.methods import Method, method
 from benchmarks.namespaces import sent_bytes
-from jdml.communicate import all_reduce_mean
+from jdml.communicate import (
+    all_gather,
+    all_reduce_mean,
+    all_to_all,
+    broadcast,
+    reduce_scatter_mean,
+)
 from jdml.communicate.codecs.reducer import Reducer
 from jdml.communicate.exchange import init_exchange
 
 NUM_MATRICES = 4
+_COLLECTIVES: dict[str, Callable[..., Any]] = {
+    "reduce_scatter": reduce_scatter_mean,
+    "gather": all_gather,
+    "all_to_all": all_to_all,
+    "broadcast": broadcast,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,8 @@ class Job:
     side: int
     """Each worker holds the values of four side × side matrices."""
     seed: int = 0
+    cache: str = ""
+    """Folder in which the first worker leaves what it compiled, for the others to read."""
 
 
 def values(worker: int, side: int, seed: int) -> np.ndarray:
@@ -52,55 +66,69 @@ def relative_error(mean: np.ndarray, num_workers: int, side: int, seed: int) -> 
     return float(np.linalg.norm(mean - exact) / np.linalg.norm(exact))
 
 
-def workers_mesh(topology: str, devices: Any) -> Mesh:
-    """The mesh over which a topology takes its mean, all of its axes being the workers'.
+def workers_mesh(pattern: str, devices: Any) -> Mesh:
+    """The mesh over which a pattern exchanges, all of its axes being the workers'.
 
     ``hierarchical`` sees two groups of workers.
     """
     devices = np.asarray(devices)
     shape, names = (devices.size,), ("data",)
-    if topology == "hierarchical":
+    if pattern == "hierarchical":
         shape, names = (2, devices.size // 2), ("group", "member")
     return Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def exchange(this: Method, mesh: Mesh, side: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``init(x) -> state`` and ``round(x, state, seed) -> (mean, state)``, not yet compiled.
+class Exchange(NamedTuple):
+    """Functions of one method, not yet compiled; ``x`` and all of the state have a worker dim.
 
-    ``x`` and every leaf of the state have a leading worker dim. Reducers see four matrices, since
-    low rank means nothing for a vector; everything else sees the vector that they make up.
+    Attributes:
+      init: ``x -> state``.
+      round: ``(x, state, seed) -> (result, state)``.
+    """
+
+    init: Callable[..., Any]
+    round: Callable[..., Any]
+
+
+def exchange(this: Method, mesh: Mesh, side: int) -> Exchange:
+    """What a method does among the workers of a mesh.
+
+    Reducers see four matrices, since low rank means nothing for a vector; everything else sees the
+    vector that they make up.
     """
     content, axes = this.content(), mesh.axis_names
     axis = axes[0] if len(axes) == 1 else axes
-    shape = (NUM_MATRICES, side, side) if isinstance(content, Reducer) else (-1,)
+    reduces = isinstance(content, Reducer)
+    shape = (NUM_MATRICES, side, side) if reduces else (-1,)
+    collective = _COLLECTIVES.get(this.pattern)
 
-    def local(x: jax.Array) -> Any:
+    def local(x: jax.Array) -> list[jax.Array]:
         x = x[0].reshape(shape)
-        return [x[i] for i in range(NUM_MATRICES)] if len(shape) == 3 else [x]
+        return [x[i] for i in range(NUM_MATRICES)] if reduces else [x]
 
     def init(x: jax.Array) -> Any:
         return jax.tree.map(lambda s: s[None], init_exchange(content, local(x)))
 
     def one_round(x: jax.Array, state: Any, seed: jax.Array) -> tuple[jax.Array, Any]:
         held = jax.tree.map(lambda s: s[0], state)
+        # A reducer's state may be empty, and is wanted all the same.
+        kept = {"residual": held} if reduces or jax.tree.leaves(state) else {}
         key = jax.random.key(seed)
-        if jax.tree.leaves(state):
-            mean, held = all_reduce_mean(
-                local(x), axis, content, this.topology, key=key, residual=held
-            )
+        if collective is None:
+            result = all_reduce_mean(local(x), axis, content, this.pattern, key=key, **kept)
         else:
-            mean = all_reduce_mean(local(x), axis, content, this.topology, key=key)
-        flat = jnp.concatenate([m.reshape(-1) for m in mean]) if len(mean) > 1 else mean[0]
+            result = collective(local(x), axis, content, key=key, **kept)
+        if kept:
+            result, held = result
+        flat = jnp.concatenate([m.reshape(-1) for m in result]) if reduces else result[0]
         return flat, jax.tree.map(lambda s: s[None], held)
 
-    on_workers = P(axis)
-    return (
-        jax.shard_map(init, mesh=mesh, in_specs=on_workers, out_specs=on_workers),
+    workers = P(axis)
+    out = workers if this.pattern in ("reduce_scatter", "all_to_all") else P()
+    return Exchange(
+        jax.shard_map(init, mesh=mesh, in_specs=workers, out_specs=workers),
         jax.shard_map(
-            one_round,
-            mesh=mesh,
-            in_specs=(on_workers, on_workers, P()),
-            out_specs=(P(), on_workers),
+            one_round, mesh=mesh, in_specs=(workers, workers, P()), out_specs=(out, workers)
         ),
     )
 
@@ -132,15 +160,22 @@ class Worker:
     def prepare(self, name: str) -> dict[str, Any]:
         """Compiles a method and runs it once; says how wrong its first mean is."""
         this, job = method(name), self.job
-        mesh = workers_mesh(this.topology, jax.devices())
+        mesh = workers_mesh(this.pattern, jax.devices())
         x = self._place(values(job.worker, job.side, job.seed)[None], mesh)
         init, one_round = exchange(this, mesh, job.side)
         state = jax.jit(init)(x)
-        compiled = jax.jit(one_round).lower(x, state, np.int32(0)).compile()
-        mean, state = compiled(x, state, np.int32(0))
+        lowered = jax.jit(one_round).lower(x, state, np.int32(0))
+        if job.cache and job.worker:
+            self.meet(self.token).block_until_ready()  # the first worker has compiled it
+        compiled = lowered.compile()
+        if job.cache and not job.worker:
+            self.meet(self.token).block_until_ready()
+        result, state = jax.block_until_ready(compiled(x, state, np.int32(0)))
         self.inputs[name], self.states[name], self.compiled[name] = x, state, compiled
-        got = np.asarray(mean.addressable_data(0), np.float64)
-        return {"relative_error": relative_error(got, job.num_workers, job.side, job.seed)}
+        if this.pattern in _COLLECTIVES:  # no mean of everything
+            return {"relative_error": None}
+        mean = np.asarray(result.addressable_data(0), np.float64)
+        return {"relative_error": relative_error(mean, job.num_workers, job.side, job.seed)}
 
     def round(self, name: str, number: int) -> dict[str, float]:
         """One mean: when it began and ended (a clock that all processes share), bytes sent."""
@@ -170,6 +205,9 @@ def main(job: Job) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if job.cache:
+        jax.config.update("jax_compilation_cache_dir", job.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.distributed.initialize(
         job.coordinator, job.num_workers, job.worker, initialization_timeout=120
     )

@@ -121,22 +121,33 @@ class Measured:
 
 @contextlib.contextmanager
 def crews(
-    workers: Sequence[LinkedWorker], side: int, torch: bool, timeout_s: float, seed: int = 0
+    workers: Sequence[LinkedWorker],
+    side: int,
+    torch: bool,
+    timeout_s: float,
+    *,
+    xla_flags: str = "",
+    cache: str = "",
 ) -> Iterator[tuple[Crew, Crew | None]]:
-    """jdml's processes and, if wanted, PyTorch's, in the same namespaces."""
+    """jdml's processes and, if wanted, PyTorch's, in the same namespaces.
+
+    ``cache``: a folder by which jdml's processes share what they compile.
+    """
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
-    env.pop("XLA_FLAGS", None)  # may ask for several devices per process
+    env["XLA_FLAGS"] = xla_flags  # ours may ask for several devices per process
     # One computing thread per process, for XLA and for PyTorch: two cores, four workers.
     env |= {"NPROC": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
     def commands(module: str, port: int) -> list[list[str]]:
-        shared = f"--num-workers {len(workers)} --side {side} --seed {seed}".split()
+        shared = f"--num-workers {len(workers)} --side {side} --seed 0".split()
         where = f"{workers[0].address}:{port}"
         script = [sys.executable, "-m", module, "--coordinator", where, *shared]
         return [w.command(*script, "--worker", str(i)) for i, w in enumerate(workers)]
 
     with contextlib.ExitStack() as stack:
         ours = commands("benchmarks.exchange_jdml", PORT)
+        if cache:
+            ours = [[*command, "--cache", cache] for command in ours]
         jdml = stack.enter_context(crew_of(ours, env, timeout_s))
         theirs = None
         if torch:
@@ -199,7 +210,7 @@ def runnable(options: Options) -> tuple[Options, list[str]]:
         if name.startswith(TORCH):
             if torch:
                 kept.append(name)
-        elif method(name).topology != "hierarchical" or options.num_workers % 2 == 0:
+        elif method(name).pattern != "hierarchical" or options.num_workers % 2 == 0:
             kept.append(name)
     if options.torch and not torch:
         remarks.append("PyTorch is not installed here: its rows are left out (make bench-peers).")

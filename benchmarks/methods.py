@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jdml.communicate import codecs, error_feedback
+from jdml.communicate import ErrorFeedback, codecs, error_feedback
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES, Content
 
 # What one_bit and its like lose in a round is most of it: they are used with their error fed back.
@@ -19,26 +19,35 @@ _CODECS: dict[str, Callable[[], Content]] = {
     "int2": lambda: codecs.int2(),
     "qsgd": lambda: codecs.qsgd(),
     "terngrad": lambda: codecs.terngrad(),
+    "random 1 %": lambda: codecs.random_k(0.01),
+    "threshold 1 %": lambda: codecs.threshold(2.5, capacity=0.01),
+    "top 1 %": lambda: codecs.top_k(0.01),
     "one_bit": lambda: codecs.one_bit(),
     "one_bit + EF": lambda: error_feedback(codecs.one_bit()),
     "top 1 % + int8": lambda: codecs.top_k(0.01, values=codecs.int8(256)),
+    "top 1 % + int8 + EF": lambda: error_feedback(codecs.top_k(0.01, values=codecs.int8(256))),
     "power_sgd 4": lambda: codecs.power_sgd(4),
 }
 
 
+PATTERNS = (*TOPOLOGIES, "reduce_scatter", "gather", "all_to_all", "broadcast")
+"""The topologies of ``all_reduce_mean``, and the other collectives (``gather`` is ``all_gather``,
+which as a topology is a mean)."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A codec over a topology.
+    """A codec over a pattern of exchange.
 
     Attributes:
-      name: ``"int8"``, or ``"int8 ring"`` where the topology is not the default.
+      name: ``"int8"``, or ``"int8 ring"`` where the pattern is not ``two_phase``.
       codec: Key of the codec table.
-      topology: As ``all_reduce_mean`` takes it.
+      pattern: One of ``PATTERNS``.
     """
 
     name: str
     codec: str
-    topology: str
+    pattern: str
 
     def content(self) -> Content:
         """What goes in the place of ``codec=``."""
@@ -46,17 +55,30 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """The method of a name: a codec, then perhaps a topology, ``two_phase`` if none.
+    """The method of a name: a codec, then perhaps a pattern, ``two_phase`` if none.
 
     Raises:
-      ValueError: no such codec or topology.
+      ValueError: no such codec or pattern.
     """
-    codec, topology = name, "two_phase"
+    codec, pattern = name, "two_phase"
     if name not in _CODECS:
-        codec, _, topology = name.rpartition(" ")
-    if codec not in _CODECS or topology not in TOPOLOGIES:
+        codec, _, pattern = name.rpartition(" ")
+    if codec not in _CODECS or pattern not in PATTERNS:
         raise ValueError(
             f"method {name!r}: expected one of {list(_CODECS)}, perhaps followed by one of "
-            f"{list(TOPOLOGIES)}."
+            f"{list(PATTERNS)}."
         )
-    return Method(name, codec, topology)
+    return Method(name, codec, pattern)
+
+
+def sending_codecs() -> dict[str, Content]:
+    """One codec of each kind of payload: error feedback sends nothing more than its codec."""
+    found: dict[str, Content] = {}
+    for name, make in _CODECS.items():
+        try:
+            content = make()
+        except AttributeError:
+            continue
+        if not isinstance(content, ErrorFeedback):
+            found[name] = content
+    return found

@@ -1,0 +1,1 @@
+"""Time to a fixed validation loss over slow links, against PyTorch: see ``__main__``."""

@@ -1,0 +1,170 @@
+"""What a method's file holds, and what follows from all: times to the loss, gaps, targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TORCH = "torch "
+EXACT = "exact"
+DDP = "torch f32"
+
+
+@dataclass
+class AtRate:
+    """Steps over links of one rate.
+
+    Attributes:
+      seconds: Of each step after the first ones, from the slowest worker's end to the next.
+      sent_bytes: Per step and worker, the worker that sent most; framing and metrics included.
+      losses: Training loss of each step, those before the timed ones included.
+      validation: ``(steps, loss)``, where the whole run went over these links (``--full``).
+    """
+
+    seconds: list[float]
+    sent_bytes: float
+    losses: list[float]
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Result:
+    """One method: a whole run over unshaped links, and its steps over each rate.
+
+    Attributes:
+      name: ``"torch ..."`` is PyTorch's.
+      task: Fingerprint of the task.
+      losses: Training loss of each step, mean over the workers.
+      validation: ``(steps, loss)``.
+      alone: Seconds of the step without its exchange.
+      rates: By megabits per second.
+    """
+
+    name: str
+    task: str
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    rates: dict[str, AtRate] = field(default_factory=dict)
+
+    @property
+    def compute_seconds(self) -> float:
+        return statistics.median(self.alone)
+
+    @property
+    def final_loss(self) -> float:
+        return self.validation[-1][1]
+
+    def exchange_seconds(self, rate: str) -> float:
+        """What the exchange adds to a step: encoding and decoding included, overlap taken off."""
+        return self.rates[rate].step_seconds - self.compute_seconds
+
+    def steps_to(self, target: float) -> float | None:
+        """Steps to a validation loss, between two validations in proportion; None: not reached."""
+        before = None
+        for step, loss in self.validation:
+            if loss <= target:
+                if before is None or before[1] == loss:
+                    return float(step)
+                done = (before[1] - target) / (before[1] - loss)
+                return before[0] + done * (step - before[0])
+            before = (step, loss)
+        return None
+
+    def seconds_to(self, target: float, rate: str) -> float | None:
+        """``steps_to(target)`` times the median step over these links."""
+        steps = self.steps_to(target)
+        return None if steps is None else steps * self.rates[rate].step_seconds
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{_file_name(self.name)}.json"
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+        partial.replace(file)
+
+
+def load(folder: Path, name: str, task: str) -> Result:
+    """What the folder holds of a method on this task; an empty result if nothing."""
+    file = folder / f"{_file_name(name)}.json"
+    if file.exists():
+        content = json.loads(file.read_text())
+        if content["task"] == task:
+            rates = {rate: AtRate(**at) for rate, at in content.pop("rates").items()}
+            return Result(**content, rates=rates)
+    return Result(name, task)
+
+
+def _file_name(name: str) -> str:
+    kept = (c if c.isalnum() else "-" for c in name.replace("%", "percent").replace("+", "with"))
+    return "-".join(part for part in "".join(kept).split("-") if part)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target, what was measured, and whether that meets it."""
+
+    text: str
+    met: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}: {'met' if self.met else 'MISSED'}"
+
+
+def best(
+    results: Mapping[str, Result], names: Sequence[str], target: float, rate: str
+) -> Result | None:
+    """Of these methods the one that reaches the target first."""
+    reached = [
+        (seconds, name)
+        for name in names
+        if (seconds := results[name].seconds_to(target, rate)) is not None
+    ]
+    return results[min(reached)[1]] if reached else None
+
+
+def verdicts(results: Mapping[str, Result], target: float, slowest: str) -> list[Verdict]:
+    """The benchmark's targets, as far as what they need was measured; ``slowest``: a rate."""
+    lines = []
+    ours = [name for name in results if not name.startswith(TORCH)]
+    hooks = [name for name in results if name.startswith(TORCH) and name != DDP]
+    first = best(results, ours, target, slowest)
+    if first and DDP in results:
+        base, seconds = results[DDP].seconds_to(target, slowest), first.seconds_to(target, slowest)
+        if base and seconds:
+            text = (
+                f"{slowest} Mbit/s, whole time to {target:g}: {first.name} {seconds:.0f} s, "
+                f"DDP f32 {base:.0f} s, {base / seconds:.1f} times faster (target 3)"
+            )
+            lines.append(Verdict(text, base / seconds >= 3))
+    for rate in results[ours[0]].rates if ours else ():
+
+        def exchange(result: Result, rate: str = rate) -> float:
+            return (result.steps_to(target) or 0.0) * result.exchange_seconds(rate)
+
+        reach = [r for r in results.values() if r.steps_to(target) is not None]
+        mine = [r for r in reach if r.name in ours and r.name != EXACT]
+        theirs = [r for r in reach if r.name in hooks]
+        if mine and theirs:
+            one, other = min(mine, key=exchange), min(theirs, key=exchange)
+            text = (
+                f"{rate} Mbit/s, exchange alone until {target:g}: {one.name} {exchange(one):.1f} s,"
+                f" DDP's best hook ({other.name.removeprefix(TORCH)}) {exchange(other):.1f} s"
+            )
+            lines.append(Verdict(text, exchange(one) <= exchange(other)))
+    if EXACT in results:
+        exact = results[EXACT].final_loss
+        for name in ours:
+            if name != EXACT:
+                gap = results[name].final_loss / exact - 1
+                text = f"final validation loss of {name}: {100 * gap:+.2f} % of exact (target 1 %)"
+                lines.append(Verdict(text, gap <= 0.01))
+    return lines
