@@ -3,8 +3,10 @@
 from jdml.communicate.codecs.base import Codec as Codec
 from jdml.communicate.codecs.base import Encoded as Encoded
 from jdml.communicate.codecs.base import Payload as Payload
-from jdml.communicate.codecs.int8 import Int8 as Int8
-from jdml.communicate.codecs.int8 import int8 as int8
+from jdml.communicate.codecs.block_int import BlockInt as BlockInt
+from jdml.communicate.codecs.block_int import int2 as int2
+from jdml.communicate.codecs.block_int import int4 as int4
+from jdml.communicate.codecs.block_int import int8 as int8
 from jdml.communicate.codecs.power_sgd import PowerSgd as PowerSgd
 from jdml.communicate.codecs.power_sgd import PowerSgdState as PowerSgdState
 from jdml.communicate.codecs.power_sgd import power_sgd as power_sgd

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdml.communicate.codecs import Codec, int8, random_k, threshold, top_k
+from jdml.communicate.codecs import Codec, int2, int4, int8, random_k, threshold, top_k
 
 
 class Case(NamedTuple):
@@ -28,14 +28,41 @@ class Case(NamedTuple):
     keeps_scale: bool = True
 
 
-def nearest(levels: int, block: int) -> Callable[..., float]:
-    """Rounding to multiples of the block's absolute maximum over ``levels``.
+def nearest(steps: int, block: int) -> Callable[..., float]:
+    """Rounding to multiples of the block's absolute maximum over ``steps``.
 
     An error is at most half a step and at most the element, and that of the largest is none: the
     worst block has all others half a step high.
     """
-    worst = (block - 1) / (2 * levels) ** 2
+    worst = (block - 1) / (2 * steps) ** 2
     return lambda x: worst / (1 + worst)
+
+
+def stochastic(steps: int, block: int) -> Callable[..., float]:
+    """Each element's variance is ``f (1 - f)`` for the fraction ``f`` of a step it is off."""
+
+    def variance(x):
+        blocks = np.asarray(x, np.float64).reshape(-1, block)
+        largest = np.abs(blocks).max(1, keepdims=True)
+        step = np.where(largest > 0, largest, 1) / steps
+        off = np.abs(blocks) / step % 1
+        return (off * (1 - off) * step**2).sum() / (blocks**2).sum()
+
+    return variance
+
+
+def between_ends(steps: int, block: int) -> Callable[..., float]:
+    """Half a step from a block's least to its greatest for each element, whichever way it rounds.
+
+    Nearest: never above half a step. Stochastic: a variance of at most a quarter of a step squared.
+    """
+
+    def bound(x):
+        blocks = np.asarray(x, np.float64).reshape(-1, block)
+        width = blocks.max(1) - blocks.min(1)
+        return block * ((width / steps / 2) ** 2).sum() / (blocks**2).sum()
+
+    return bound
 
 
 def low_bytes_and_steps(num_slots: int, num_places: int) -> int:
@@ -55,7 +82,25 @@ def above(value: float, part: float) -> Callable[..., float]:
 
 
 CODECS = {
-    "int8": Case(int8(16), lambda n: 8 + 32 / 16, nearest(127, 16), keeps_scale=False),
+    "int8": Case(int8(16), lambda n: 8 + 32 / 16, nearest(127, 16)),
+    "int8, odd block": Case(int8(7), lambda n: 8 + 32 / 7, nearest(127, 7)),
+    "int8, two-sided": Case(int8(16, "two_sided"), lambda n: 8 + 64 / 16, between_ends(255, 16)),
+    "int8, stochastic": Case(
+        int8(16, rounding="stochastic"), lambda n: 8 + 32 / 16, stochastic(127, 16), unbiased=True
+    ),
+    "int4": Case(int4(), lambda n: 4 + 32 / 128, nearest(7, 128)),
+    "int4, block of one": Case(int4(1), lambda n: 4 + 32, nearest(7, 1)),
+    "int4, two-sided, stochastic": Case(
+        int4(16, "two_sided", "stochastic"),
+        lambda n: 4 + 64 / 16,
+        between_ends(15, 16),
+        unbiased=True,
+    ),
+    "int2": Case(int2(24), lambda n: 2 + 32 / 24, nearest(1, 24)),
+    "int2, two-sided": Case(int2(16, "two_sided"), lambda n: 2 + 64 / 16, between_ends(3, 16)),
+    "int2, stochastic": Case(
+        int2(16, rounding="stochastic"), lambda n: 2 + 32 / 16, stochastic(1, 16), unbiased=True
+    ),
     "top_k": Case(
         top_k(1 / 16), lambda n: 32 / 16 + low_bytes_and_steps(n // 16, n) / n, lambda x: 15 / 16
     ),

