@@ -55,7 +55,7 @@ def test_the_variance_stays_and_the_momentum_goes_on_after_the_warm_up():
     jax.tree.map(np.testing.assert_array_equal, adam_state(early).nu, adam_state(late).nu)
     assert metrics["branch.one_bit_adam"] == 1
     assert np.any(adam_state(early).mu["in"]["kernel"] != adam_state(late).mu["in"]["kernel"])
-    assert all(np.any(e) for e in jax.tree.leaves(adam_state(late).residual))
+    assert np.any(adam_state(late).residual["in"]["kernel"])
 
 
 def test_residuals_are_per_worker_and_moments_are_not():
