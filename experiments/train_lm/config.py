@@ -7,6 +7,11 @@ from typing import Literal
 from jdml.models.transformer import TransformerConfig
 from jdml.train.checkpoint import ResidualPolicy
 
+CodecName = Literal[
+    *("int8", "int4", "int2", "fp8", "e3m0", "bf16", "one_bit", "terngrad", "qsgd"),
+    *("top_k", "random_k", "power_sgd", "none"),
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -58,12 +63,20 @@ class Config:
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     """Shape and precision (--model.dtype) of the decoder; its vocabulary follows the data."""
 
-    codec: Literal["int8", "none"] = "int8"
-    """What the gradients are sent as: block-wise int8, or exact f32."""
-    block: int = 256
-    """Elements that share a scale."""
+    codec: CodecName = "int8"
+    """What the gradients are sent as; none: exact f32."""
+    block: int | None = None
+    """Elements that share a scale; by default the codec's own number."""
+    fraction: float = 0.01
+    """Of the elements that top_k and random_k send."""
+    levels: int = 7
+    """Of qsgd."""
+    rank: int = 4
+    """Of power_sgd."""
     error_feedback: bool = True
-    """Add what the codec lost in one step to the next."""
+    """Add what the codec lost in one step to the next (power_sgd does in any case)."""
+    topology: Literal["two_phase", "ring", "tree", "all_gather"] | None = None
+    """How the gradients travel; by default all_gather for sparse codecs, two_phase for others."""
     compare: bool = True
     """Also train with the exact mean, and compare; with codec none there is nothing to compare."""
 

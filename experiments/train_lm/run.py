@@ -1,4 +1,4 @@
-"""Trains a transformer whose workers exchange int8 gradients, beside an exact run.
+"""Trains a transformer whose workers exchange compressed gradients, beside an exact run.
 
 python experiments/train_lm/run.py --help
 """
@@ -22,9 +22,8 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone's root, for `experiments` itself
 
 from experiments.train_lm.config import Config, MeshConfig, ScheduleConfig
+from experiments.train_lm.content import content, run_name, topology
 from jdml.aggregate import mean_gradients
-from jdml.communicate import error_feedback
-from jdml.communicate.codecs import int8
 from jdml.models import Transformer, generate, next_token_loss
 from jdml.sharding import Rules, describe, init, make_mesh, presets, use_rules
 from jdml.sharding.hosts import check_fingerprint, initialize
@@ -37,6 +36,7 @@ BATCH_AXES = ("data", "fsdp")
 
 def main(config: Config) -> None:
     """The whole job: data, mesh, one run or two, a sample, a report."""
+    content(config)  # refuses bad options before anything is read or compiled
     start_devices(config)
     console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
     corpus = read_corpus(config.data, vocab_size=config.vocab_size, dtype=config.data_dtype)
@@ -52,7 +52,7 @@ def main(config: Config) -> None:
         + " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     )
 
-    names = ["exact"] if config.codec == "none" else [codec_name(config)]
+    names = ["exact"] if config.codec == "none" else [run_name(config)]
     if config.codec != "none" and config.compare:
         names.append("exact")
     rows, models = {}, {}
@@ -100,18 +100,13 @@ def rules_of() -> Rules:
     return presets.fsdp_tensor()
 
 
-def codec_name(config: Config) -> str:
-    """Names the run's folder."""
-    return f"int8-{config.block}" + ("-ef" if config.error_feedback else "")
-
-
 def optimizer(config: Config, name: str) -> optax.GradientTransformation:
     """The chain: aggregate, then optimise."""
-    codec = None
+    exchange = mean_gradients("data")
     if name != "exact":
-        codec = error_feedback(int8(config.block)) if config.error_feedback else int8(config.block)
+        exchange = mean_gradients("data", content(config), topology(config))
     return optax.chain(
-        mean_gradients("data", codec),
+        exchange,
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
             learning_rate(config.schedule, config.steps),
