@@ -9,6 +9,9 @@ from jdml.aggregate.choco import ChocoState as ChocoState
 from jdml.aggregate.choco import choco as choco
 from jdml.aggregate.consensus_admm import ConsensusADMMState as ConsensusADMMState
 from jdml.aggregate.consensus_admm import consensus_admm as consensus_admm
+from jdml.aggregate.dgc import DgcResidual as DgcResidual
+from jdml.aggregate.dgc import DgcState as DgcState
+from jdml.aggregate.dgc import dgc as dgc
 from jdml.aggregate.distill_ensemble import DistillEnsemble as DistillEnsemble
 from jdml.aggregate.distill_ensemble import distill_ensemble as distill_ensemble
 from jdml.aggregate.elastic_average import ElasticAverageState as ElasticAverageState

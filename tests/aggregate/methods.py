@@ -16,6 +16,7 @@ from jdml.aggregate import (
     backup_workers,
     choco,
     consensus_admm,
+    dgc,
     elastic_average,
     gossip,
     mean_gradients,
@@ -71,6 +72,11 @@ def synchronous(gradient: Gradient, inner: Any, params: Any, num_workers: int, n
         updates, state = inner.update(g, state, params)
         params = optax.apply_updates(params, updates)
     return [params] * num_workers
+
+
+def with_momentum(gradient: Gradient, inner: Any, params: Any, num_workers: int, num_steps: int):
+    inner = optax.chain(optax.trace(0.9), inner)
+    return synchronous(gradient, inner, params, num_workers, num_steps)
 
 
 def local(every: int, outer: Any = None):
@@ -402,6 +408,15 @@ METHODS = {
         lambda inner: zero_one_adam("data", 3e-2, 3, max_interval=1),
         zero_one(3e-2, 3, 16, 1, 1),
         0.3,
+        lone_worker_is_inner=False,
+    ),
+    "dgc, all sent": Method(
+        lambda inner: optax.chain(dgc("data", 0), inner), with_momentum, lone_worker_is_inner=False
+    ),
+    "dgc": Method(
+        lambda inner: optax.chain(dgc("data", 0.9, warmup_steps=4), inner),
+        with_momentum,
+        0.1,  # what is held back; test_dgc.py has the algorithm to the last digit
         lone_worker_is_inner=False,
     ),
 }
