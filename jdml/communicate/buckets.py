@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jdml.communicate.codecs.base import Codec, fill_up
+from jdml.communicate.kernels.here import traced_for_tpu
+from jdml.communicate.tiles import tile_width
 from jdml.communicate.wire import varying_axes
 
 BUCKET_ELEMENTS = 1 << 20
@@ -32,15 +34,16 @@ def map_in_buckets(
       As many lists of f32 leaves; an empty leaf comes back empty.
     """
     granularity = codec.granularity
+    width = tile_width(codec) if traced_for_tpu() else None
     outputs = [[jnp.zeros(x.shape, jnp.float32) for x in leaves] for leaves in trees]
     for number, members in enumerate(_plan(trees, granularity, bucket_elements)):
-        vectors = [_join([leaves[i] for i in members], codec) for leaves in trees]
+        vectors = [_join([leaves[i] for i in members], codec, width) for leaves in trees]
         results = exchange(number, *vectors)
         for out, vector in zip(outputs, results, strict=True):
             start = 0
             for i in members:
                 leaf = trees[0][i]
-                out[i] = vector[start : start + leaf.size].reshape(leaf.shape)
+                out[i] = _shaped(vector[start : start + leaf.size], leaf.shape, width)
                 start += _ceil(leaf.size, granularity)
     return tuple(outputs)
 
@@ -73,10 +76,47 @@ def _ceil(size: int, granularity: int) -> int:
     return math.ceil(size / granularity) * granularity
 
 
-def _join(leaves: Sequence[jax.Array], codec: Codec) -> jax.Array:
+def _join(leaves: Sequence[jax.Array], codec: Codec, width: int | None) -> jax.Array:
     """Flat f32 leaves one after the other, each filled up to whole blocks."""
     parts = [
-        fill_up(leaf.astype(jnp.float32).reshape(-1), codec.granularity, codec.fill)
+        fill_up(_flat(leaf.astype(jnp.float32), width), codec.granularity, codec.fill)
         for leaf in leaves
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+_SUBLANES = 8  # rows of a TPU tile
+
+
+def _flat(leaf: jax.Array, width: int | None) -> jax.Array:
+    """The elements of a leaf as a vector: row by row, or where they lie on TPU.
+
+    There a matrix is kept in tiles of eight rows. Blocks of ``width`` elements are taken from its
+    rows either way, but eight rows' first blocks come before their second ones, so that nothing
+    need be moved.
+    """
+    if not _in_place(leaf.shape, width):
+        return leaf.reshape(-1)
+    return leaf.reshape(_split(leaf.shape, width)).swapaxes(-3, -2).reshape(-1)
+
+
+def _shaped(vector: jax.Array, shape: tuple[int, ...], width: int | None) -> jax.Array:
+    """The inverse of :func:`_flat`."""
+    if not _in_place(shape, width):
+        return vector.reshape(shape)
+    rows, row, blocks, block = _split(shape, width)
+    return vector.reshape(rows, blocks, row, block).swapaxes(-3, -2).reshape(shape)
+
+
+def _in_place(shape: tuple[int, ...], width: int | None) -> bool:
+    return (
+        width is not None
+        and len(shape) > 1
+        and shape[-2] % _SUBLANES == 0
+        and shape[-1] % width == 0
+    )
+
+
+def _split(shape: tuple[int, ...], width: int | None) -> tuple[int, int, int, int]:
+    assert width is not None
+    return (-1, _SUBLANES, shape[-1] // width, width)

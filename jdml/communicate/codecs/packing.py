@@ -77,7 +77,8 @@ def _line(payload: Payload) -> int | None:
 
 
 def _planes(x: jax.Array) -> list[jax.Array]:
-    return [(_bits(x) >> (8 * i)).astype(jnp.uint8) for i in range(x.dtype.itemsize)]
+    bits = _bits(x)
+    return [(bits >> (8 * i) if i else bits).astype(jnp.uint8) for i in range(x.dtype.itemsize)]
 
 
 def _joined(arrays: list[jax.Array]) -> jax.Array:
@@ -87,12 +88,13 @@ def _joined(arrays: list[jax.Array]) -> jax.Array:
 def _read(buffer: jax.Array, start: int, size: int, like: jax.Array) -> tuple[jax.Array, int]:
     """The array whose planes of ``size`` start there, and where the next one starts."""
     word = _word(like.dtype)
-    bits = jnp.zeros((buffer.shape[0], size, *buffer.shape[2:]), word)
-    for i in range(word.itemsize):
-        bits = bits | (buffer[:, start : start + size].astype(word) << (8 * i))
-        start += size
+    # XLA for TPU does not know a shift by nothing for nothing, and copies: none for the first.
+    bits = buffer[:, start : start + size].astype(word)
+    for i in range(1, word.itemsize):
+        plane = buffer[:, start + i * size : start + (i + 1) * size].astype(word)
+        bits = bits | (plane << (8 * i))
     bits = bits.reshape(buffer.shape[0], *like.shape[1:])
-    return jax.lax.bitcast_convert_type(bits, like.dtype), start
+    return jax.lax.bitcast_convert_type(bits, like.dtype), start + word.itemsize * size
 
 
 def cut(tree: PyTree, num_runs: int) -> list[PyTree]:

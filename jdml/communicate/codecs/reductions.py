@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jdml.communicate.kernels.here import traced_for_tpu
+
 SIGN = -(1 << 31)
 
 
@@ -62,6 +64,8 @@ def _reduce(
     reduce: Callable[..., jax.Array],
     x: jax.Array,
 ) -> jax.Array:
+    if traced_for_tpu():  # which reduces whole tiles, and would copy them to halve them
+        return reduce(x, axis=-1)
     while x.shape[-1] > 32 and x.shape[-1] % 2 == 0:
         half = x.shape[-1] // 2
         x = join(x[..., :half], x[..., half:])

@@ -30,3 +30,24 @@ def test_planes_hold_the_low_bits_of_each_run(width):
     assert joined.size == values.size * width // 8
     for run, back in zip(runs, split_planes(joined, width), strict=True):
         np.testing.assert_array_equal(back, run & ((1 << width) - 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_scales", "lines"),
+    [
+        ((512, 128), 512, 512 + 16),  # whole lines of scales
+        ((520, 128), 130, 520 + 5),  # 4 * 130 bytes share five lines
+        ((66_000,), 7, 516),  # 66,028 bytes of which no array is made of lines
+    ],
+)
+def test_long_rows_go_in_lines_filled_up_with_less_than_one(shape, num_scales, lines):
+    rng = np.random.default_rng(0)
+    payload = {
+        "codes": jnp.asarray(rng.integers(0, 256, (2, *shape)), jnp.uint8),
+        "scales": jnp.asarray(rng.standard_normal((2, num_scales)), jnp.float32),
+    }
+    buffer = pack(payload)
+    assert buffer.shape == (2, lines, 128)
+    stated = sum(x[0].nbytes for x in payload.values())
+    assert 0 <= buffer[0].nbytes - stated < 128
+    jax.tree.map(np.testing.assert_array_equal, unpack(buffer, payload), payload)
