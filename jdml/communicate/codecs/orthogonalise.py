@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jdml.communicate.wire import varying_axes
+
 _UNRESOLVED = 1e-5
 _DEAD = 1e-3
 """Squared length, of a unit row, that is left when those before it are taken out: under the first,
@@ -44,15 +46,11 @@ def orthonormal_rows(
             product(p, p, b, range(b + 1, p.ndim), range(b + 1, p.ndim))
             for p, b in zip(rows, batches, strict=True)
         ]
-        rank = grams[0].shape[-1]
-        stacked = jnp.concatenate([g.reshape(-1, rank, rank) for g in grams])
-        combinations = _gram_schmidt(stacked, floor, keep)
-        start = 0
-        for i, (gram, b) in enumerate(zip(grams, batches, strict=True)):
-            stop = start + math.prod(gram.shape[:-2])
-            combination = combinations[start:stop].reshape(gram.shape)
-            rows[i] = product(combination, rows[i], b, [b + 1], [b])
-            start = stop
+        combinations = _gram_schmidt_of_all(grams, floor, keep)
+        rows = [
+            product(t, p, b, [b + 1], [b])
+            for t, p, b in zip(combinations, rows, batches, strict=True)
+        ]
     return rows
 
 
@@ -84,6 +82,27 @@ def _to_unit_maximum(p: jax.Array, num_batch_dims: int) -> jax.Array:
     middle = jnp.where(largest > 2.0**64, 2.0**-64, jnp.where(largest < 2.0**-64, 2.0**64, 1.0))
     largest = largest * middle
     return (p * middle) / jnp.where(largest == 0, 1, largest)
+
+
+def _gram_schmidt_of_all(grams: list[jax.Array], floor: float, keep: bool) -> list[jax.Array]:
+    """:func:`_gram_schmidt` of ``[*batch, r, r]``, as few calls as JAX's types allow.
+
+    Stacked on one that varies over more mesh axes, an array would no longer be known not to.
+    """
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, gram in enumerate(grams):
+        groups.setdefault(varying_axes(gram), []).append(i)
+    out = list(grams)
+    for members in groups.values():
+        square = grams[members[0]].shape[-2:]
+        stacked = jnp.concatenate([grams[i].reshape(-1, *square) for i in members])
+        combinations = _gram_schmidt(stacked, floor, keep)
+        start = 0
+        for i in members:
+            stop = start + math.prod(grams[i].shape[:-2])
+            out[i] = combinations[start:stop].reshape(grams[i].shape)
+            start = stop
+    return out
 
 
 def _gram_schmidt(gram: jax.Array, floor: float, keep: bool) -> jax.Array:

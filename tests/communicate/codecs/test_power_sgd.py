@@ -260,6 +260,32 @@ def test_a_round_may_stand_alone(mesh):
     np.testing.assert_array_equal(jax.jit(unchecked)(x), jax.jit(f)(x))
 
 
+def test_workers_on_two_axes_and_shards_of_the_users_own():
+    """A leaf that is not divided over a manual axis stays equal along it; a shard is a matrix."""
+    mesh = make_mesh({"group": 2, "member": 2, "model": 2})
+    x = {"whole": gaussian(K, 24, 32), "divided": of_rank(2, 24, 64) + np.zeros((K, 1, 1))}
+    x = jax.tree.map(lambda a: np.float32(a).reshape(2, 2, *a.shape[1:]), x)
+    workers, codec = ("group", "member"), power_sgd(2)
+
+    def body(x):
+        return all_reduce_mean(jax.tree.map(lambda a: a[0, 0], x), workers, codec)
+
+    f = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=({"whole": P(*workers), "divided": P(*workers, None, "model")},),
+        out_specs={"whole": P(), "divided": P(None, "model")},
+    )
+    mean = jax.jit(f)(x)
+    assert relative(mean["divided"], x["divided"][0, 0]) < 1e-5
+    ((expected, _),) = rounds(
+        make_mesh({"data": K}, devices=jax.devices()[:K]),
+        codec,
+        [{"a": np.zeros((K, 24, 32), np.float32), "whole": x["whole"].reshape(K, 24, 32)}],
+    )
+    assert relative(mean["whole"], expected["whole"]) < 1e-5
+
+
 def test_starts_exact(mesh):
     xs = [gaussian(K, 16, 24, seed=i) for i in range(4)]
     found = rounds(mesh, power_sgd(2, start_step=2), [{"w": x} for x in xs])
