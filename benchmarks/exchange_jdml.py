@@ -1,12 +1,12 @@
 """One worker that takes means with jdml's collectives: started in a namespace, asked what to run.
 
-Answers the questions ``prepare``, ``round`` and ``quiet`` of ``benchmarks.links`` and
-``benchmarks.wire_audit`` (see ``benchmarks.crew``).
+``benchmarks.links`` and ``benchmarks.wire_audit`` ask it (see ``benchmarks.crew``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,19 +19,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.crew import serve
-from benchmarks.methods import Method, method
+from benchmarks.methods import NUM_MATRICES, Method, method
 from benchmarks.namespaces import sent_bytes
 from jdml.communicate import (
+    ErrorFeedback,
     all_gather,
     all_reduce_mean,
     all_to_all,
     broadcast,
     reduce_scatter_mean,
 )
+from jdml.communicate.codecs import Codec
 from jdml.communicate.codecs.reducer import Reducer
 from jdml.communicate.exchange import init_exchange
 
-NUM_MATRICES = 4
 _COLLECTIVES: dict[str, Callable[..., Any]] = {
     "reduce_scatter": reduce_scatter_mean,
     "gather": all_gather,
@@ -50,8 +51,6 @@ class Job:
     side: int
     """Each worker holds the values of four side × side matrices."""
     seed: int = 0
-    cache: str = ""
-    """Folder in which the first worker leaves what it compiled, for the others to read."""
 
 
 def values(worker: int, side: int, seed: int) -> np.ndarray:
@@ -164,12 +163,7 @@ class Worker:
         x = self._place(values(job.worker, job.side, job.seed)[None], mesh)
         init, one_round = exchange(this, mesh, job.side)
         state = jax.jit(init)(x)
-        lowered = jax.jit(one_round).lower(x, state, np.int32(0))
-        if job.cache and job.worker:
-            self.meet(self.token).block_until_ready()  # the first worker has compiled it
-        compiled = lowered.compile()
-        if job.cache and not job.worker:
-            self.meet(self.token).block_until_ready()
+        compiled = jax.jit(one_round).lower(x, state, np.int32(0)).compile()
         result, state = jax.block_until_ready(compiled(x, state, np.int32(0)))
         self.inputs[name], self.states[name], self.compiled[name] = x, state, compiled
         if this.pattern in _COLLECTIVES:  # no mean of everything
@@ -186,6 +180,44 @@ class Worker:
             _, self.states[name] = jax.block_until_ready(run(x, state, seed))
 
         return self._measured(once)
+
+    def latency(self, rounds: int) -> float:
+        """Seconds of a hop: a sum of one number, which takes 2 (K-1) of them."""
+        hops = 2 * (self.job.num_workers - 1)
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            self.meet(self.token).block_until_ready()
+            seconds.append((time.perf_counter() - start) / hops)
+        return statistics.median(seconds)
+
+    def codec_rate(self, name: str, rounds: int) -> float | None:
+        """Bytes of f32 that this process encodes per second, or decodes, the others doing so too.
+
+        None without a codec.
+        """
+        content = method(name).content()
+        codec = content.codec if isinstance(content, ErrorFeedback) else content
+        if not isinstance(codec, Codec):
+            return None
+        num_rows = self.job.num_workers
+        mine = values(self.job.worker, self.job.side, self.job.seed)
+        length = mine.size // num_rows // codec.granularity * codec.granularity
+        rows = jnp.asarray(mine[: num_rows * length].reshape(num_rows, length))
+
+        @jax.jit
+        def there_and_back(rows: jax.Array, seed: jax.Array) -> jax.Array:
+            payload = codec.encode_rows(rows, jax.random.key(seed))
+            return codec.decode_rows(jax.lax.optimization_barrier(payload), length)
+
+        there_and_back(rows, np.int32(0)).block_until_ready()
+        seconds = []
+        for i in range(rounds):
+            self.meet(self.token).block_until_ready()
+            start = time.perf_counter()
+            there_and_back(rows, np.int32(i)).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+        return 2 * rows.nbytes / statistics.median(seconds)
 
     def quiet(self) -> dict[str, float]:
         """A round of nothing: what the barriers around each round send."""
@@ -205,14 +237,12 @@ def main(job: Job) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if job.cache:
-        jax.config.update("jax_compilation_cache_dir", job.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.distributed.initialize(
         job.coordinator, job.num_workers, job.worker, initialization_timeout=120
     )
     worker = Worker(job)
-    serve({"prepare": worker.prepare, "round": worker.round, "quiet": worker.quiet})
+    questions = ("prepare", "round", "quiet", "latency", "codec_rate")
+    serve({name: getattr(worker, name) for name in questions})
     jax.distributed.shutdown()
 
 

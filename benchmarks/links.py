@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -29,14 +30,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.crew import Crew, crew_of
-from benchmarks.machine import machine
-from benchmarks.methods import method
+from benchmarks.machine import console_of_tables, machine
+from benchmarks.methods import cost, method
 from benchmarks.namespaces import LinkedWorker, NamespacesUnavailable, linked_workers
+from jdml.communicate import Link
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 29500  # inside a namespace of our own, so that it is always free
 TORCH = "torch "
 BASELINE = "torch all_reduce"
+# Bytes of TCP payload in a full Ethernet frame, and of the frame: what the shaper counts.
+SEGMENT, FRAME = 1448, 1514
 
 OURS = (
     "exact",
@@ -115,6 +119,8 @@ class Measured:
     sent_bytes: float
     seconds: float
     relative_error: float
+    predicted: float | None = None
+    """Seconds by the cost model, from the link's latency and rate and the codec's speed."""
     rounds: tuple[float, ...] = ()
     """Seconds of each round."""
 
@@ -127,12 +133,8 @@ def crews(
     timeout_s: float,
     *,
     xla_flags: str = "",
-    cache: str = "",
 ) -> Iterator[tuple[Crew, Crew | None]]:
-    """jdml's processes and, if wanted, PyTorch's, in the same namespaces.
-
-    ``cache``: a folder by which jdml's processes share what they compile.
-    """
+    """jdml's processes and, if wanted, PyTorch's, in the same namespaces."""
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
     env["XLA_FLAGS"] = xla_flags  # ours may ask for several devices per process
     # One computing thread per process, for XLA and for PyTorch: two cores, four workers.
@@ -146,8 +148,6 @@ def crews(
 
     with contextlib.ExitStack() as stack:
         ours = commands("benchmarks.exchange_jdml", PORT)
-        if cache:
-            ours = [[*command, "--cache", cache] for command in ours]
         jdml = stack.enter_context(crew_of(ours, env, timeout_s))
         theirs = None
         if torch:
@@ -160,6 +160,7 @@ def run(options: Options, console: Console | None = None) -> dict[str, Measured]
     """Starts the processes, lets the methods alternate, and gathers what they measured."""
     torch = any(name.startswith(TORCH) for name in options.methods)
     errors: dict[str, float] = {}
+    predicted: dict[str, float] = {}
     rounds: dict[str, list[list[dict[str, float]]]] = {name: [] for name in options.methods}
     total = len(options.methods) * (1 + options.num_warm_up + options.num_rounds)
     with (
@@ -177,23 +178,51 @@ def run(options: Options, console: Console | None = None) -> dict[str, Measured]
             return crew.ask(do, name=known_as, **arguments)
 
         task = progress.add_task("starting", total=total)
+        # The link as it is between these processes: what a hop takes, and what headers leave.
+        latency = max(jdml.ask("latency", rounds=50))
+        rate = (options.megabits_per_s or math.inf) * 1e6 / 8
+        link = Link(latency, rate * SEGMENT / FRAME)
         for name in options.methods:
             errors[name] = max(answer["relative_error"] for answer in ask(name, "prepare"))
+            speed = None
+            if not name.startswith(TORCH):
+                rates = jdml.ask("codec_rate", name=name, rounds=3)
+                speed = None if rates[0] is None else min(rates)
+            predicted[name] = predicted_seconds(name, options, link, speed)
         for number in range(options.num_warm_up + options.num_rounds):
             for name in options.methods:
                 answers = ask(name, "round", number=number)
                 if number >= options.num_warm_up:
                     rounds[name].append(answers)
-    return {name: _summary(rounds[name], errors[name]) for name in options.methods}
+    return {n: _summary(rounds[n], errors[n], predicted[n]) for n in options.methods}
 
 
-def _summary(rounds: list[list[dict[str, float]]], error: float) -> Measured:
+def predicted_seconds(
+    name: str, options: Options, link: Link, codec_rate: float | None = None
+) -> float:
+    """A round by the cost model; PyTorch's methods by the same formulas, without their codecs."""
+    workers, side = options.num_workers, options.side
+    if not name.startswith(TORCH):
+        return cost(method(name), side, workers, link, codec_rate).seconds
+    hook, exact = name.removeprefix(TORCH), method("exact")
+    if hook.startswith("PowerSGD"):
+        return cost(method("power_sgd 4"), side, workers, link).seconds
+    if hook.startswith("int8"):  # an all-gather of one byte for every four
+        whole = cost(method("exact all_gather"), side, workers, link)
+        return whole.num_hops * link.latency + whole.sent_bytes / 4 / link.bandwidth
+    ring = cost(exact, side, workers, link)
+    share = 2 if hook in ("fp16", "bf16") else 1
+    return ring.num_hops * link.latency + ring.sent_bytes / share / link.bandwidth
+
+
+def _summary(rounds: list[list[dict[str, float]]], error: float, predicted: float) -> Measured:
     per_worker = zip(*rounds, strict=True)
     seconds = [max(a["end"] - a["start"] for a in answers) for answers in rounds]
     return Measured(
         sent_bytes=max(statistics.median(a["sent"] for a in answers) for answers in per_worker),
         seconds=statistics.median(seconds),
         relative_error=error,
+        predicted=predicted,
         rounds=tuple(seconds),
     )
 
@@ -226,7 +255,7 @@ def report(options: Options, measured: dict[str, Measured]) -> Table:
         caption=machine("jax", "torch"),
     )
     table.add_column("method", no_wrap=True)
-    headings = ("MB / worker", "/ exact", "s / round", "/ torch f32", "rel. error")
+    headings = ("MB / worker", "/ exact", "s / round", "predicted", "/ torch f32", "rel. error")
     for heading in headings:
         table.add_column(heading, justify="right")
 
@@ -241,6 +270,7 @@ def report(options: Options, measured: dict[str, Measured]) -> Table:
             f"{m.sent_bytes / 1e6:.2f}",
             ratio(m.sent_bytes, exact),
             f"{m.seconds:.3f}",
+            "" if m.predicted is None else f"{m.predicted:.3f}",
             ratio(m.seconds, base),
             f"{m.relative_error:.1e}",
         )
@@ -270,7 +300,7 @@ def verdicts(measured: dict[str, Measured]) -> list[tuple[str, bool]]:
 
 def main(options: Options) -> int:
     """Prints the table; status 1 if a target is missed, 0 if met or not measurable here."""
-    console = Console()
+    console = console_of_tables()
     options, remarks = runnable(options)
     for remark in remarks:
         console.print(remark, markup=False)

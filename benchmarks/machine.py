@@ -1,10 +1,12 @@
-"""On what and when a benchmark ran: the line beneath every table."""
+"""On what and when a benchmark ran, the line beneath every table; and where tables go."""
 
 import datetime
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+
+from rich.console import Console
 
 
 def machine(*packages: str) -> str:
@@ -24,3 +26,9 @@ def machine(*packages: str) -> str:
             continue
     today = datetime.date.today().isoformat()
     return f"{model}, {os.cpu_count()} cores, {', '.join(versions)}, {today}"
+
+
+def console_of_tables() -> Console:
+    """The terminal as it is; wide enough for the tables where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

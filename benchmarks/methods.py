@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jdml.communicate import ErrorFeedback, codecs, error_feedback
+import jax
+import jax.numpy as jnp
+
+from jdml.communicate import Cost, ErrorFeedback, Link, codecs, error_feedback, predict
+from jdml.communicate.codecs import PowerSgd
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES, Content
+
+NUM_MATRICES = 4
+"""Each worker holds the values of so many square matrices."""
 
 # What one_bit and its like lose in a round is most of it: they are used with their error fed back.
 _CODECS: dict[str, Callable[[], Content]] = {
@@ -82,3 +89,27 @@ def sending_codecs() -> dict[str, Content]:
         if not isinstance(content, ErrorFeedback):
             found[name] = content
     return found
+
+
+def cost(
+    this: Method,
+    side: int,
+    num_workers: int,
+    link: Link,
+    codec_rate: float | None = None,
+) -> Cost:
+    """What the library claims that a method costs, for ``NUM_MATRICES`` matrices side × side.
+
+    ``hierarchical`` has two groups of workers. ``codec_rate``: see ``jdml.communicate.predict``;
+    PowerSGD's products are not in it.
+    """
+    content, size = this.content(), NUM_MATRICES * side * side
+    if isinstance(content, PowerSgd):
+        # Its docstring: two all-reduces, which send 2 (K-1)/K of what they hold.
+        matrices = [jax.ShapeDtypeStruct((side, side), jnp.float32)] * NUM_MATRICES
+        sent = 4 * content.num_elements(matrices) * 2 * (num_workers - 1) // num_workers
+        hops = 2 * 2 * (num_workers - 1)
+        return Cost(hops, (sent,), hops * link.latency + sent / link.bandwidth, 0.0)
+    pattern = "all_gather" if this.pattern == "gather" else this.pattern
+    workers = (2, num_workers // 2) if pattern == "hierarchical" else num_workers
+    return predict(pattern, workers, size, content, link, codec_rate)

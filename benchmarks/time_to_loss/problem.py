@@ -44,7 +44,7 @@ class Task:
     """Sequences of one worker in a step."""
     seq_len: int = 128
     steps: int = 200
-    peak: float = 4e-3
+    peak: float = 2e-3
     """Of the learning rate: ten steps of warm-up, then a cosine down to zero."""
     eval_every: int = 10
     """Steps between validations."""
