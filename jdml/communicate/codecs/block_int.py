@@ -40,6 +40,10 @@ class BlockInt(BlockCodes):
         return self.bits
 
     @property
+    def fused(self) -> bool:
+        return self.scaling == "absmax" and self.rounding == "nearest"
+
+    @property
     def num_scales(self) -> int:
         return 1 if self.scaling == "absmax" else 2
 
