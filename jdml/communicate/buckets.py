@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs.base import Codec, fill_up
 from jdml.communicate.kernels.here import traced_for_tpu
-from jdml.communicate.tiles import tile_width
+from jdml.communicate.tiles import SUBLANES, filled_up, tile_width
 from jdml.communicate.wire import varying_axes
 
 BUCKET_ELEMENTS = 1 << 20
@@ -43,8 +43,8 @@ def map_in_buckets(
             start = 0
             for i in members:
                 leaf = trees[0][i]
-                out[i] = _shaped(vector[start : start + leaf.size], leaf.shape, width)
-                start += _ceil(leaf.size, granularity)
+                out[i] = _shaped(vector[start:], leaf.shape, width)
+                start += _ceil(_length(leaf.shape, width), granularity)
     return tuple(outputs)
 
 
@@ -85,38 +85,48 @@ def _join(leaves: Sequence[jax.Array], codec: Codec, width: int | None) -> jax.A
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-_SUBLANES = 8  # rows of a TPU tile
-
-
 def _flat(leaf: jax.Array, width: int | None) -> jax.Array:
-    """The elements of a leaf as a vector: row by row, or where they lie on TPU.
+    """The elements of a leaf as a vector: row by row, or as they lie on TPU.
 
     There a matrix is kept in tiles of eight rows. Blocks of ``width`` elements are taken from its
     rows either way, but eight rows' first blocks come before their second ones, so that nothing
-    need be moved.
+    need be moved. The last eight may be filled up with zeros.
     """
-    if not _in_place(leaf.shape, width):
+    rows = _rows_in_place(leaf.shape, width)
+    if rows is None:
         return leaf.reshape(-1)
-    return leaf.reshape(_split(leaf.shape, width)).swapaxes(-3, -2).reshape(-1)
+    assert width is not None
+    matrix = leaf.reshape(-1, leaf.shape[-1])
+    if rows > len(matrix):
+        matrix = jnp.pad(matrix, ((0, rows - len(matrix)), (0, 0)))
+    tiles = matrix.reshape(rows // SUBLANES, SUBLANES, leaf.shape[-1] // width, width)
+    return tiles.swapaxes(1, 2).reshape(-1)
 
 
 def _shaped(vector: jax.Array, shape: tuple[int, ...], width: int | None) -> jax.Array:
-    """The inverse of :func:`_flat`."""
-    if not _in_place(shape, width):
-        return vector.reshape(shape)
-    rows, row, blocks, block = _split(shape, width)
-    return vector.reshape(rows, blocks, row, block).swapaxes(-3, -2).reshape(shape)
-
-
-def _in_place(shape: tuple[int, ...], width: int | None) -> bool:
-    return (
-        width is not None
-        and len(shape) > 1
-        and shape[-2] % _SUBLANES == 0
-        and shape[-1] % width == 0
-    )
-
-
-def _split(shape: tuple[int, ...], width: int | None) -> tuple[int, int, int, int]:
+    """The inverse of :func:`_flat`, of a vector at least as long."""
+    rows = _rows_in_place(shape, width)
+    if rows is None:
+        return vector[: math.prod(shape)].reshape(shape)
     assert width is not None
-    return (-1, _SUBLANES, shape[-1] // width, width)
+    blocks = shape[-1] // width
+    tiles = vector[: rows * shape[-1]].reshape(rows // SUBLANES, blocks, SUBLANES, width)
+    matrix = tiles.swapaxes(1, 2).reshape(rows, shape[-1])
+    return matrix[: math.prod(shape[:-1])].reshape(shape)
+
+
+def _length(shape: tuple[int, ...], width: int | None) -> int:
+    """Elements of :func:`_flat`."""
+    rows = _rows_in_place(shape, width)
+    return math.prod(shape) if rows is None else rows * shape[-1]
+
+
+def _rows_in_place(shape: tuple[int, ...], width: int | None) -> int | None:
+    """Rows of the matrix that is taken as it lies, if its blocks allow that and it is cheap."""
+    if width is None or len(shape) < 2 or shape[-1] % width:
+        return None
+    rows = math.prod(shape[:-1])
+    # Matrices that are no whole tiles each do not lie as one.
+    if len(shape) > 2 and shape[-2] % SUBLANES:
+        return None
+    return filled_up(rows, SUBLANES)

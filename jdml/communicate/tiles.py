@@ -8,6 +8,7 @@ from one end to the other it is 1 MB and 2 s. To a CPU the two are one and the s
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from jdml.communicate.kernels.here import traced_for_tpu
 
 LANES = 128
 """Elements in a row of a tile."""
+SUBLANES = 8
+"""Rows of a tile."""
 
 Exchange = Callable[..., tuple[jax.Array, jax.Array | None]]
 """``(vector, axis, codec, key, feedback) -> (mean, error or None)``: see ``TOPOLOGIES``."""
@@ -30,6 +33,12 @@ def tile_width(codec: Codec) -> int | None:
     return width if fits else None
 
 
+def filled_up(num_rows: int, multiple: int) -> int | None:
+    """``num_rows``, up to the next multiple; ``None`` if that would add more than a hundredth."""
+    missing = -num_rows % multiple
+    return None if 100 * missing > num_rows else num_rows + missing
+
+
 @dataclasses.dataclass(frozen=True)
 class InTiles(Codec):
     """A codec of rows of matrix rows: the length of a row is counted in blocks of ``width``.
@@ -40,6 +49,8 @@ class InTiles(Codec):
 
     codec: Codec
     width: int
+    multiple: int = 1
+    """Row lengths are a multiple of this, too: on TPU whole tiles need not be moved."""
 
     @property
     def needs_key(self) -> bool:  # type: ignore[override]
@@ -47,7 +58,7 @@ class InTiles(Codec):
 
     @property
     def granularity(self) -> int:
-        return self.codec.granularity // self.width
+        return math.lcm(self.codec.granularity // self.width, self.multiple)
 
     def encode_rows(self, rows: jax.Array, key: jax.Array | None = None) -> Payload:
         return self.codec.encode_rows(rows.reshape(rows.shape[0], -1), key)
@@ -66,7 +77,8 @@ class InTiles(Codec):
 def in_tiles(exchange: Exchange) -> Exchange:
     """``exchange`` of a vector as a matrix, where the codec's blocks make one; same bits and bytes.
 
-    What is given to ``exchange`` then has one more dim, after the one that it cuts and joins.
+    What is given to ``exchange`` then has one more dim, after the one that it cuts and joins. On
+    TPU chunks of long vectors are filled up to whole tiles: at most a hundredth is added.
     """
 
     def tiled(
@@ -76,7 +88,11 @@ def in_tiles(exchange: Exchange) -> Exchange:
         if width is None:
             return exchange(vector, axis, codec, key, feedback)
         matrix = vector.reshape(-1, width)
-        out = exchange(matrix, axis, InTiles(codec, width), key, feedback)
+        multiple = 1
+        if traced_for_tpu():
+            whole = filled_up(len(matrix), SUBLANES * int(jax.lax.axis_size(axis)))
+            multiple = SUBLANES if whole else 1
+        out = exchange(matrix, axis, InTiles(codec, width, multiple), key, feedback)
         if traced_for_tpu():
             # Else XLA gives the last step of decoding the leaf's shape, and each of its operands.
             out = jax.lax.optimization_barrier(out)

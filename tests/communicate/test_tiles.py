@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jdml.communicate import buckets, error_feedback
+from jdml.communicate import buckets, error_feedback, tiles
 from jdml.communicate.buckets import map_in_buckets
 from jdml.communicate.codecs import int4, int8, top_k
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES
+from jdml.communicate.collectives.payloads import in_chunks
 from jdml.communicate.tiles import in_tiles, tile_width
 from jdml.sharding import make_mesh
 
@@ -42,21 +43,56 @@ def test_says_the_same_in_tiles(topology, codec):
     np.testing.assert_array_equal(error_in_tiles, error)
 
 
-@pytest.mark.parametrize("shape", [(16, 512), (2, 8, 256), (8, 128), (12, 256), (2048,), (3, 5)])
-def test_on_tpu_blocks_are_taken_in_the_order_in_which_tiles_hold_them(shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((16, 512), 16),
+        ((2, 8, 256), 16),
+        ((111, 512), 112),  # filled up
+        ((12, 256), None),  # filling up would cost too much
+        ((2, 4, 256), None),
+        ((8, 128), None),
+        ((2048,), None),
+        ((3, 5), None),
+    ],
+)
+def test_on_tpu_blocks_are_taken_in_the_order_in_which_tiles_hold_them(shape, rows, monkeypatch):
     monkeypatch.setattr(buckets, "traced_for_tpu", lambda: True)
-    leaf = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    leaf = 1 + jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
     seen = []
 
     def exchange(_, vector):
         seen.append(vector)
         return (vector,)
 
-    ((back,),) = map_in_buckets(exchange, [[leaf]], int8())
+    # Another leaf behind it: what is filled up must not be taken for its beginning.
+    behind = -jnp.ones(256)
+    ((back, back_behind),) = map_in_buckets(exchange, [[leaf, behind]], int8())
     np.testing.assert_array_equal(back, leaf)
-    # Whole tiles: eight rows' first blocks, then their second ones. Else row by row.
+    np.testing.assert_array_equal(back_behind, behind)
     expected = np.asarray(leaf).reshape(-1)
-    if len(shape) > 1 and shape[-1] % 256 == 0 and shape[-2] % 8 == 0:
-        tiles = np.asarray(leaf).reshape(-1, 8, shape[-1] // 256, 256)
-        expected = tiles.transpose(0, 2, 1, 3).reshape(-1)
-    np.testing.assert_array_equal(seen[0][: leaf.size], expected)
+    if rows is not None:
+        # Eight rows' first blocks, then their second ones.
+        matrix = np.zeros((rows, shape[-1]), np.float32)
+        matrix[: expected.size // shape[-1]] = expected.reshape(-1, shape[-1])
+        expected = matrix.reshape(rows // 8, 8, -1, 256).swapaxes(1, 2).reshape(-1)
+    np.testing.assert_array_equal(seen[0][: expected.size], expected)
+    np.testing.assert_array_equal(seen[0][-256:], behind)
+
+
+def test_on_tpu_chunks_of_long_vectors_are_whole_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "traced_for_tpu", lambda: True)
+    mesh = make_mesh({"data": 4}, devices=jax.devices()[:4])
+    lengths = []
+
+    def exchange(matrix, axis, codec, key, feedback):
+        lengths.append(in_chunks(matrix, 4, codec.granularity).shape[1])
+        return matrix, None
+
+    def both(x):
+        for num_blocks in (3201, 1025):
+            in_tiles(exchange)(x[: 128 * num_blocks], "data", int8(128), None, None)
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=P(), out_specs=P())
+    jax.eval_shape(mapped, jax.ShapeDtypeStruct((128 * 3201,), jnp.float32))
+    assert lengths == [808, 257]  # 31 blocks more for 3201, not for 1025
