@@ -82,8 +82,9 @@ class BlockCodes(Codec):
 
     def encode_rows(self, rows: jax.Array, key: jax.Array | None = None) -> dict[str, jax.Array]:
         rows = rows.astype(jnp.float32)
-        blocks = rows.reshape(rows.shape[0], -1, self.block)
-        if self.fused and kernels_run_here() and kernel.fits((*blocks.shape,), self.width):
+        shape = (rows.shape[0], rows.shape[1] // self.block, self.block)
+        blocks = rows.reshape(shape)
+        if self.fused and kernels_run_here() and kernel.fits(shape, self.width):
             codes, top = kernel.encode_blocks(blocks, self.width, self._codes_of)
             return {"codes": codes, "largest": top}
         scales = self.measure(blocks)

@@ -3,7 +3,8 @@
 XLA on CPU and TPU reads subnormal numbers (below 2^-126) as zeros and writes zeros for them, and a
 sum or difference of the largest overflows. So a codec computes on ``x * factor``, with one power of
 two for each block, which is exact: :func:`lift` reads subnormal numbers off their integer bits, and
-:func:`lower` writes them as integers. Blocks of ordinary size have the factor 1.
+:func:`lower` writes them as integers. Blocks of ordinary size have the factor 1. The
+largest of a block, lifted, lies between 2^-80 and 2^80, or is zero.
 
 What comes out does not depend on whether a device flushes subnormal numbers.
 """
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from jdml.communicate.codecs.reductions import SIGN, bits_of, float_of, magnitude
 
 _SMALLEST_NORMAL = 1 << 23  # bits of 2^-126; as an integer below it, a number counts 2^-149s
-_TINY = 27 << 23  # bits of 2^-100
-_HUGE = 253 << 23  # bits of 2^126
+_TINY = 47 << 23  # bits of 2^-80
+_HUGE = 207 << 23  # bits of 2^80
 _INFINITE = 255 << 23
 
 
@@ -25,7 +26,7 @@ class Lift(NamedTuple):
     """How blocks are lifted: four f32 numbers for each.
 
     Attributes:
-      factor: The power of two by which a block is multiplied: 2^100, 1 or 1/4.
+      factor: The power of two by which a block is multiplied: 2^100, 1 or 2^-100.
       inverse: Its inverse.
       unit: ``factor * 2^-149`` where subnormal numbers count, else 0.
       limit: ``factor * 2^-126`` where subnormal numbers count, else 0.
@@ -50,15 +51,15 @@ def lift_for(largest: jax.Array) -> Lift:
 
     never = float("inf")
     return Lift(
-        one_over(2.0**-100, 4, 1),
-        one_over(2.0**100, 0.25, 1),
+        one_over(2.0**-100, 2.0**100, 1),
+        one_over(2.0**100, 2.0**-100, 1),
         one_over(2.0**49, never, never),
         one_over(2.0**26, never, never),
     )
 
 
 def lift(x: jax.Array, by: Lift) -> jax.Array:
-    """``x * factor``, exact for every finite ``x`` of a block with that factor."""
+    """``x * factor``, exact down to 2^-40 of a block's largest, and zero somewhere below."""
     return jnp.where(_is_subnormal(x), _count(x) * by.unit, x * by.factor)
 
 

@@ -50,8 +50,10 @@ def ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def total(blocks: jax.Array) -> jax.Array:
-    """Sum over the last dim, pairwise, so that its rounding grows with the log of the length."""
-    return _reduce(jnp.add, jnp.sum, blocks)
+    """Sum over the last dim."""
+    # Three times, since what is added may take arithmetic of its own: XLA stores it where the
+    # fused expression would grow too long.
+    return _reduce(jnp.add, jnp.sum, blocks, at_most=3)
 
 
 def _ordered(bits: jax.Array) -> jax.Array:
@@ -63,10 +65,12 @@ def _reduce(
     join: Callable[[jax.Array, jax.Array], jax.Array],
     reduce: Callable[..., jax.Array],
     x: jax.Array,
+    at_most: int = 32,
 ) -> jax.Array:
     if traced_for_tpu():  # which reduces whole tiles, and would copy them to halve them
         return reduce(x, axis=-1)
-    while x.shape[-1] > 32 and x.shape[-1] % 2 == 0:
+    while x.shape[-1] > 32 and x.shape[-1] % 2 == 0 and at_most:
+        at_most -= 1
         half = x.shape[-1] // 2
         x = join(x[..., :half], x[..., half:])
     return reduce(x, axis=-1)

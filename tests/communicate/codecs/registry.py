@@ -5,7 +5,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdml.communicate.codecs import Codec, int2, int4, int8, random_k, threshold, top_k
+from jdml.communicate.codecs import (
+    Codec,
+    bf16,
+    e3m0,
+    fp8,
+    identity,
+    int2,
+    int4,
+    int8,
+    one_bit,
+    qsgd,
+    random_k,
+    terngrad,
+    threshold,
+    top_k,
+)
 
 
 class Case(NamedTuple):
@@ -38,17 +53,63 @@ def nearest(steps: int, block: int) -> Callable[..., float]:
     return lambda x: worst / (1 + worst)
 
 
+def by_block(square: Callable[..., float], block: int) -> Callable[..., float]:
+    """A bound from ``square(|x|, a)``, what an element's squared error is at most.
+
+    ``|x|`` is ``[blocks, block]`` and ``a`` each block's absolute maximum, ``[blocks, 1]``.
+    """
+
+    def bound(x):
+        size = np.abs(np.asarray(x, np.float64)).reshape(-1, block)
+        return np.sum(square(size, size.max(1, keepdims=True))) / (size**2).sum()
+
+    return bound
+
+
 def stochastic(steps: int, block: int) -> Callable[..., float]:
     """Each element's variance is ``f (1 - f)`` for the fraction ``f`` of a step it is off."""
 
-    def variance(x):
-        blocks = np.asarray(x, np.float64).reshape(-1, block)
-        largest = np.abs(blocks).max(1, keepdims=True)
+    def variance(size, largest):
         step = np.where(largest > 0, largest, 1) / steps
-        off = np.abs(blocks) / step % 1
-        return (off * (1 - off) * step**2).sum() / (blocks**2).sum()
+        off = size / step % 1
+        return off * (1 - off) * step**2
 
-    return variance
+    return by_block(variance, block)
+
+
+def clipped(deviations: float, block: int) -> Callable[..., float]:
+    """TernGrad's variance below where it clips, and what clipping takes off above."""
+
+    def square(size, largest):
+        rms = np.sqrt((size**2).mean(1, keepdims=True))
+        top = np.minimum(largest, deviations * rms)
+        return np.where(size <= top, size * (top - size), (size - top) ** 2)
+
+    return by_block(square, block)
+
+
+def norm_levels(levels: int, block: int) -> Callable[..., float]:
+    """QSGD, Theorem 3.2 (Lemma 3.1): the variance bound of each bucket."""
+    return lambda x: min(block / levels**2, block**0.5 / levels)
+
+
+def scaled_sign(size, largest):
+    """All that is left of a block's square: what its mean absolute value does not explain."""
+    return (size**2).sum(1) - size.sum(1) ** 2 / size.shape[1]
+
+
+def mean_per_sign(block: int) -> Callable[..., float]:
+    """The square about the mean of each sign's elements."""
+
+    def left(x):
+        blocks = np.asarray(x, np.float64).reshape(-1, block)
+        square = (blocks**2).sum()
+        for chosen in (np.signbit(blocks), ~np.signbit(blocks)):
+            number = np.maximum(chosen.sum(1), 1)
+            square -= ((blocks * chosen).sum(1) ** 2 / number).sum()
+        return square / (blocks**2).sum()
+
+    return left
 
 
 def between_ends(steps: int, block: int) -> Callable[..., float]:
@@ -101,6 +162,32 @@ CODECS = {
     "int2, stochastic": Case(
         int2(16, rounding="stochastic"), lambda n: 2 + 32 / 16, stochastic(1, 16), unbiased=True
     ),
+    "fp8": Case(
+        fp8(block=16),
+        lambda n: 8 + 32 / 16,
+        by_block(lambda x, a: np.maximum(x / 2**4, a * 2**-10 / 448) ** 2, 16),
+    ),
+    "fp8, e5m2": Case(
+        fp8("e5m2", block=16),
+        lambda n: 8 + 32 / 16,
+        by_block(lambda x, a: np.maximum(x / 2**3, a * 2**-17 / 57344) ** 2, 16),
+    ),
+    "e3m0": Case(
+        e3m0(16),
+        lambda n: 4 + 32 / 16,
+        by_block(lambda x, a: np.maximum(x / 3, a / 128) ** 2, 16),
+    ),
+    "one_bit": Case(one_bit(64), lambda n: 1 + 32 / 64, by_block(scaled_sign, 64)),
+    "one_bit, mean per sign": Case(
+        one_bit(64, "mean_per_sign"), lambda n: 1 + 64 / 64, mean_per_sign(64)
+    ),
+    "terngrad": Case(terngrad(32), lambda n: 2 + 32 / 32, stochastic(1, 32), unbiased=True),
+    "terngrad, clipped": Case(terngrad(32, 1.5), lambda n: 2 + 32 / 32, clipped(1.5, 32)),
+    "qsgd": Case(qsgd(7, 16), lambda n: 4 + 32 / 16, norm_levels(7, 16), unbiased=True),
+    "qsgd, one level": Case(qsgd(1, 64), lambda n: 2 + 32 / 64, norm_levels(1, 64), unbiased=True),
+    "qsgd, most levels": Case(qsgd(127), lambda n: 8 + 32 / 512, norm_levels(127, 512)),
+    "bf16": Case(bf16(), lambda n: 16, lambda x: 2.0**-16, keeps_scale=False),
+    "identity": Case(identity(), lambda n: 32, lambda x: 0),
     "top_k": Case(
         top_k(1 / 16), lambda n: 32 / 16 + low_bytes_and_steps(n // 16, n) / n, lambda x: 15 / 16
     ),
