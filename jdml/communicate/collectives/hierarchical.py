@@ -5,7 +5,14 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.equal import claim_equal
-from jdml.communicate.collectives.payloads import Axis, in_chunks, in_one, key_of
+from jdml.communicate.collectives.payloads import (
+    Axis,
+    gather,
+    in_chunks,
+    in_one,
+    key_of,
+    sum_scattered,
+)
 from jdml.communicate.collectives.two_phase import own_row, two_phase
 from jdml.communicate.error_feedback import ErrorFeedback
 from jdml.communicate.wire import per_worker
@@ -34,13 +41,13 @@ def hierarchical(
     slow, fast = axis[:-1], axis[-1]
     num_fast = jax.lax.axis_size(fast)
     rows = in_chunks(per_worker(vector, axis), num_fast, codec.granularity)
-    chunk = jax.lax.psum_scatter(rows, fast, tiled=True)[0] / num_fast
+    chunk = sum_scattered(rows, fast)[0] / num_fast
     owed: jax.Array | None = None
     if jax.lax.axis_size(slow) > 1:
         of_chunk = key_of(key, jax.lax.axis_index(fast))
         chunk, owed = two_phase(chunk, slow, codec, of_chunk, feedback)
-    gathered = jax.lax.all_gather(chunk, fast, tiled=True, to="invarying")
-    mean = claim_equal(gathered, slow)[: len(vector)]  # one slow worker: nobody to differ from
+    chunks = claim_equal(gather(chunk[None], fast), slow)  # one slow worker differs from nobody
+    mean = in_one(chunks, vector)
     if feedback is None:
         return mean, None
     error = jnp.zeros_like(rows)

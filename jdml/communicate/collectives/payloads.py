@@ -1,6 +1,7 @@
 """Payloads through JAX's collectives: each in one operation, byte for byte."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,9 +9,14 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs.base import Codec, Payload
 from jdml.communicate.codecs.packing import pack, unpack
+from jdml.communicate.kernels.here import traced_for_tpu
 from jdml.communicate.permute import permute
+from jdml.communicate.tiles import LANES, InTiles
 
 Axis = str | tuple[str, ...]
+
+TILE = 8 * LANES
+"""Elements in one of TPU's tiles of f32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,23 @@ def carried(payload: Payload, collective: Callable[[jax.Array], jax.Array]) -> P
     return unpack(collective(pack(payload)), payload)
 
 
+def sum_scattered(rows: jax.Array, axis: Axis) -> jax.Array:
+    """The exact sum over the workers of their row k, on worker k: ``[1, ...]``.
+
+    TPU makes an all-reduce, of twice the bytes, of any reduce-scatter but one along the outer dim
+    of an array of whole tiles (v5e, libtpu 0.0.42 and 0.0.51).
+    """
+    num_rows, length = rows.shape[0], math.prod(rows.shape[1:])
+    flat = rows.reshape(num_rows, length)
+    fill = -length % TILE if traced_for_tpu() else 0
+    if fill:
+        flat = jnp.concatenate([flat, jnp.zeros((num_rows, fill), rows.dtype)], axis=1)
+    if flat.shape[1] % TILE == 0:
+        flat = flat.reshape(num_rows, -1, LANES)
+    total = jax.lax.psum_scatter(flat, axis, tiled=True)
+    return total.reshape(1, -1)[:, :length].reshape(1, *rows.shape[1:])
+
+
 def in_chunks(vector: jax.Array, num_chunks: int, granularity: int) -> jax.Array:
     """``[num_chunks, length, ...]``, filled up with whole blocks of zeros."""
     fill = -len(vector) % (num_chunks * granularity)
@@ -77,7 +100,8 @@ def mask_rows(mask: jax.Array, rows: jax.Array) -> jax.Array:
 
 def sum_decoded(codec: Codec, payload: Payload, length: int) -> jax.Array:
     """Sum of the decoded rows, f32 ``[length]``, without a matrix of them all."""
-    if type(codec).decode_sum is not Codec.decode_sum:
+    inner = codec.codec if isinstance(codec, InTiles) else codec
+    if type(inner).decode_sum is not Codec.decode_sum:
         return codec.decode_sum(payload, length)
 
     def row(k: int | jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.checks import Content
-from jdml.communicate.collectives.payloads import Axis, Values
+from jdml.communicate.collectives.payloads import Axis, Values, sum_scattered
 from jdml.communicate.collectives.rows import exchange_rows
 from jdml.communicate.collectives.scatter_sum import scatter_sum
 
@@ -52,8 +52,7 @@ def reduce_scatter_mean(
         num_workers = rows.shape[0]
         if isinstance(words, Values):
             rows = rows.astype(jnp.float32)
-            total = jax.lax.psum_scatter(rows, axis, tiled=True)
-            return total / num_workers, jnp.zeros_like(rows)
+            return sum_scattered(rows, axis) / num_workers, jnp.zeros_like(rows)
         total, error = scatter_sum(rows, axis, words, key)
         return total[None] / num_workers, error
 
