@@ -1,5 +1,6 @@
 """Module 4: what becomes of the workers' answers, as Optax transformations over a mesh axis."""
 
+from jdml.aggregate.adasum import adasum as adasum
 from jdml.aggregate.average_params import AverageParamsState as AverageParamsState
 from jdml.aggregate.average_params import average_params as average_params
 from jdml.aggregate.backup_workers import BackupWorkersState as BackupWorkersState

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jdml.aggregate import (
+    adasum,
     average_params,
     backup_workers,
     choco,
@@ -253,6 +254,22 @@ def one_way(num_workers: int) -> Graph:
     return from_edges(num_workers, [*cycle, (0, 2)], directed=True)
 
 
+def adaptive_sum(gradient, inner, params, num_workers, num_steps):
+    def pair(a, b):
+        dot, aa, bb = (jnp.sum(x * y) for x, y in ((a, b), (a, a), (b, b)))
+        safe = [jnp.where(n > 0, dot / jnp.where(n > 0, 2 * n, 1), 0) for n in (aa, bb)]
+        return (1 - safe[0]) * a + (1 - safe[1]) * b
+
+    state = inner.init(params)
+    for i in range(num_steps):
+        g = [gradient(params, i, k) for k in range(num_workers)]
+        while len(g) > 1:
+            g = [jax.tree.map(pair, a, b) for a, b in zip(g[::2], g[1::2], strict=True)]
+        updates, state = inner.update(g[0], state, params)
+        params = optax.apply_updates(params, updates)
+    return [params] * num_workers
+
+
 def alternate(num_fragments: int):
     def fragment_of(params: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
@@ -297,6 +314,7 @@ METHODS = {
         2e-2,
         lone_worker_is_inner=False,
     ),
+    "adasum": Method(lambda inner: optax.chain(adasum("data"), inner), adaptive_sum),
     "backup_workers, one missing": Method(
         lambda inner: optax.chain(backup_workers("data", 0, one_missing), inner),
         without_the_missing,
