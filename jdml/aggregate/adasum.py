@@ -57,11 +57,11 @@ def adasum(axis: Axis, codec: Codec | None = None) -> optax.GradientTransformati
         **extra: Any,
     ) -> tuple[PyTree, optax.EmptyState]:
         del params, extra
-        if jax.lax.axis_size(axis) == 1:
-            return jax.tree.map(lambda g: jax.lax.pmean(g, axis), updates), state
         key = None if wire is None else wire.key
 
         def exchange(tree: PyTree, *keys: jax.Array) -> tuple[PyTree]:
+            if jax.lax.axis_size(axis) == 1:
+                return (jax.tree.map(lambda g: jax.lax.pmean(g, axis), tree),)
             leaves, treedef = jax.tree.flatten(tree)
             # Joined without regard to the codec's blocks; each element says whose leaf it is of.
             numbers = [jnp.full(leaf.shape, i, jnp.float32) for i, leaf in enumerate(leaves)]
