@@ -4,6 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 BENCHMARKS ?= step sharding links
+NAME ?=
 
 # One environment per Python version, so that two of them live side by side.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -12,10 +13,11 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-tpu lint bench bench-peers run-benchmarks clean
+.PHONY: help train experiment named test test-tpu lint bench bench-peers run-benchmarks clean
 
 help:
 	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
+	@echo 'make experiment NAME=ensemble  any of experiments/, with what it needs'
 	@echo 'make test    lint, type check and all tests'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make test-tpu  the tests that compile for TPU topologies; needs no TPU, x86 Linux only'
@@ -28,6 +30,13 @@ help:
 
 train: $(VENV)/installed-plots
 	$(BIN)/python experiments/train_lm/run.py $(ARGS)
+
+experiment: named $(VENV)/installed-experiments
+	$(BIN)/python experiments/$(NAME)/run.py $(ARGS)
+
+named:
+	@test -f 'experiments/$(NAME)/run.py' || { \
+	echo 'make experiment NAME=...: one of'; ls experiments; exit 1; }
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)
