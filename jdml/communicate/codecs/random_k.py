@@ -19,11 +19,12 @@ class RandomK(Sparse):
     k: int | float
     values: Codec | None = None
     unbiased: bool = False
+    is_part: bool = dataclasses.field(init=False, repr=False)
 
     needs_key = True
 
     def __post_init__(self) -> None:
-        check_amount("random_k", "k", self.k)
+        object.__setattr__(self, "is_part", check_amount("random_k", "k", self.k))
         check_values("random_k", self.values)
 
     def num_slots(self, length: int) -> int:

@@ -125,8 +125,12 @@ def check_values(name: str, values: Any) -> None:
         )
 
 
-def check_amount(name: str, argument: str, amount: Any) -> None:
-    """Raises unless ``amount`` is a positive int or a fraction in (0, 1]."""
+def check_amount(name: str, argument: str, amount: Any) -> bool:
+    """Whether ``amount`` is a fraction in (0, 1]; raises unless it is that or a positive int.
+
+    A codec keeps the answer in a field: 1 and 1.0, one element and all of them, are equal to Python
+    and, without it, would make one codec to a cache of compiled programs.
+    """
     is_count = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
     is_fraction = isinstance(amount, float) and 0 < amount <= 1
     if not is_count and not is_fraction:
@@ -134,6 +138,7 @@ def check_amount(name: str, argument: str, amount: Any) -> None:
             f"{name}({argument}={amount!r}): expected an int >= 1, the number of elements of each "
             "row, or a float in (0, 1], the part of them: 0.01 is one in a hundred."
         )
+    return is_fraction
 
 
 def amount_of(name: str, argument: str, amount: int | float, length: int) -> int:

@@ -20,6 +20,7 @@ class Threshold(Sparse):
     value: float
     capacity: int | float
     values: Codec | None = None
+    is_part: bool = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         number = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
@@ -28,7 +29,8 @@ class Threshold(Sparse):
                 f"threshold(value={self.value!r}): expected a finite number >= 0, the magnitude "
                 "above which an element is sent."
             )
-        check_amount("threshold", "capacity", self.capacity)
+        is_part = check_amount("threshold", "capacity", self.capacity)
+        object.__setattr__(self, "is_part", is_part)
         check_values("threshold", self.values)
         if self.values is not None:
             object.__setattr__(self, "needs_key", self.values.needs_key)

@@ -19,9 +19,10 @@ class TopK(Sparse):
     k: int | float
     values: Codec | None = None
     block: int | None = None
+    is_part: bool = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_amount("top_k", "k", self.k)
+        object.__setattr__(self, "is_part", check_amount("top_k", "k", self.k))
         check_values("top_k", self.values)
         block = self.block
         if block is not None and (not isinstance(block, int) or block < 1 or block % 32):

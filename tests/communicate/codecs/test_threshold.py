@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,18 @@ def gaussian(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+@functools.cache
+def compiled(codec):
+    return jax.jit(lambda x: codec.decode(codec.encode(x)))
+
+
 def round_trip(codec, x):
-    return np.asarray(jax.jit(lambda x: codec.decode(codec.encode(x)))(x))
+    return np.asarray(compiled(codec)(x))
 
 
-@pytest.mark.parametrize("capacity", [1500, 0.5, 1.0])
-@pytest.mark.parametrize("value", [0, 0.7, 1.2, 9.0])
+@pytest.mark.parametrize(
+    ("value", "capacity"), [(0, 0.5), (0, 1.0), (0.7, 1500), (1.2, 1500), (9.0, 1500)]
+)
 def test_sends_what_is_above_while_there_is_room(value, capacity):
     x = gaussian(3000)
     x[::7] = 0
@@ -45,9 +53,7 @@ def test_overflow_sends_the_largest_and_leaves_the_rest():
     np.testing.assert_array_equal(decoded, round_trip(top_k(30), x))
 
 
-@pytest.mark.parametrize(
-    "value", [1.0, 0.1, 1e-42, 2.0**-149, 2.0**-150, 0.1 + 1e-12, 0.1 - 1e-12, 3e38]
-)
+@pytest.mark.parametrize("value", [1.0, 1e-42, 2.0**-150, 0.1 + 1e-12, 0.1 - 1e-12, 3e38])
 def test_compares_exactly(value):
     """Around any value, also one that f32 does not have."""
     near = np.float32(value)
