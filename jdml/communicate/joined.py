@@ -9,8 +9,10 @@ from jdml.communicate.buckets import BUCKET_ELEMENTS
 from jdml.communicate.wire import varying_axes
 
 
-def joined_mean(xs: Sequence[jax.Array], axis: str | tuple[str, ...]) -> list[jax.Array]:
-    """Exact means of f32 arrays over a mesh axis; the small ones travel as one vector.
+def joined_mean(
+    xs: Sequence[jax.Array], axis: str | tuple[str, ...], small: int = BUCKET_ELEMENTS
+) -> list[jax.Array]:
+    """Exact means of f32 arrays over a mesh axis; those below ``small`` travel as one vector.
 
     Where another mesh axis is automatic, an array may be divided over it and cannot be joined to
     others without being gathered: there the arrays go to one ``psum``, which XLA's compilers make
@@ -24,13 +26,12 @@ def joined_mean(xs: Sequence[jax.Array], axis: str | tuple[str, ...]) -> list[ja
         return means
     # Joined to one that varies over more axes, an array would no longer be known not to.
     joined: dict[frozenset[str], list[int]] = {}
-    alone = []
     for i, x in enumerate(xs):
-        if x.size >= BUCKET_ELEMENTS:
-            alone.append([i])
+        if x.size >= small:
+            means[i] = jax.lax.pmean(x, axis)
         elif x.size:
             joined.setdefault(varying_axes(x), []).append(i)
-    for members in [*joined.values(), *alone]:
+    for members in joined.values():
         vector = jnp.concatenate([xs[i].reshape(-1) for i in members])
         vector = jax.lax.pmean(vector, axis)
         start = 0

@@ -1,6 +1,6 @@
 """All-reduce of a mean, exact or compressed, for use inside any ``shard_map``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from jdml.communicate.collectives.ring import ring
 from jdml.communicate.collectives.tree import tree
 from jdml.communicate.collectives.two_phase import two_phase
 from jdml.communicate.error_feedback import ErrorFeedback
+from jdml.communicate.joined import joined_mean
 from jdml.communicate.tiles import in_tiles
 
 PyTree = Any
@@ -112,7 +113,8 @@ def all_reduce_mean(
         said = leaves
         if feedback:
             said = [a.astype(jnp.float32) + e for a, e in zip(leaves, owed, strict=True)]
-        means, rest = _exact_means(said, axis), [jnp.zeros_like(e) for e in owed]
+        means = joined_mean([a.astype(jnp.float32) for a in said], axis, SMALL)
+        rest = [jnp.zeros_like(e) for e in owed]
     else:
         words = inner or Values()
 
@@ -146,23 +148,3 @@ def check_exchange(name: str, axis: Axis, codec: Content, topology: str) -> None
             f"{name}: {codec} exchanges in a way of its own, not by topology={topology!r}. Leave "
             "topology out, or use a codec such as int8()."
         )
-
-
-def _exact_means(leaves: Sequence[jax.Array], axis: Axis) -> list[jax.Array]:
-    """In f32; small leaves together, large ones as they lie."""
-    means: list[jax.Array] = list(leaves)
-    small = [i for i, leaf in enumerate(leaves) if leaf.size < SMALL]
-    # Where another axis is automatic, joining leaves would gather them along it.
-    if len(small) < 2 or jax.sharding.get_abstract_mesh().auto_axes:
-        small = []
-    (joined,) = map_in_buckets(
-        lambda _, vector: (jax.lax.pmean(vector, axis),),
-        [[leaves[i] for i in small]],
-        Values(),
-        bucket_elements=SMALL,
-    )
-    for i, mean in zip(small, joined, strict=True):
-        means[i] = mean
-    for i in set(range(len(leaves))) - set(small):
-        means[i] = jax.lax.pmean(leaves[i].astype(jnp.float32), axis)
-    return means

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jdml.communicate import all_reduce_mean, error_feedback
-from jdml.communicate.codecs import int4, int8, top_k
+from jdml.communicate import Wire, all_reduce_mean, error_feedback, on_shards
+from jdml.communicate.codecs import int4, int8, power_sgd, top_k
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES
 from jdml.sharding import collectives, make_mesh
 
@@ -211,6 +211,33 @@ def test_several_axes_in_another_order_than_the_mesh_has(topology):
     check_debt(topology, int8(16), x, shape=(("a", 2), ("b", 2), ("c", 2)), axes=("c", "a", "b"))
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_each_device_exchanges_the_shard_it_holds(topology):
+    """Inside a region that is manual over the workers, with another axis left to the partitioner;
+    one leaf is divided over it, the other is not and comes back as one."""
+    slow, axes = {"slow": 2, "fast": 2}, ("slow", "fast")
+    mesh = make_mesh({**slow, "model": 2})
+    wire = Wire(key=None, other_axes=("model",), specs=(("w", P(None, "model")), ("b", P())))
+    x = {"w": draw(4, 60).reshape(4, 3, 20), "b": draw(4, 5, seed=1)}
+
+    def body(x):
+        local = jax.tree.map(lambda a: a[0], x)
+        f = lambda t: (all_reduce_mean(t, axes, int8(4), topology),)  # noqa: E731
+        (mean,) = on_shards(f, wire, (local,))
+        return mean
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(), axis_names=set(axes))
+    mean = jax.jit(mapped)(x)
+    for name, leaf in x.items():
+        bound = np.abs(leaf).max() / 254 * 4
+        assert 0 < np.abs(np.asarray(mean[name]) - leaf.mean(0)).max() < bound
+        shards = [np.asarray(s.data) for s in mean[name].addressable_shards]
+        assert all(
+            np.array_equal(s, np.asarray(mean[name])[o.index])
+            for s, o in zip(shards, mean[name].addressable_shards, strict=True)
+        )
+
+
 def test_one_slow_worker_is_exact():
     x, where = draw(4, 50), {"shape": (("slow", 1), ("fast", 4)), "axes": ("slow", "fast")}
     mean, rest = mean_of(x, "hierarchical", error_feedback(int8()), np.zeros_like(x), **where)
@@ -257,5 +284,7 @@ def test_refuses_what_has_no_such_topology():
         all_reduce_mean(x, "data", int8(), "hierarchical")
     with pytest.raises(ValueError, match="needs slow axes and a fast one"):
         all_reduce_mean(x, ("data",), int8(), "hierarchical")
+    with pytest.raises(ValueError, match="a way of its own, not by topology='ring'"):
+        all_reduce_mean(x, "data", power_sgd(2), "ring")
     with pytest.raises(ValueError, match="tuple of different names"):
         all_reduce_mean(x, ("data", "data"), int8())
