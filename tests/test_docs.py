@@ -1,4 +1,4 @@
-"""The page on sharding shows what its code prints; ``JDML_UPDATE_SNAPSHOTS=1`` writes it anew."""
+"""The pages show what their code prints; ``JDML_UPDATE_SNAPSHOTS=1`` writes it anew."""
 
 import contextlib
 import io
@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 BLOCK = re.compile(r"```(python|text)\n(.*?)```\n", re.DOTALL)
 
 
-@pytest.fixture
-def page():
+def blocks_of(page):
     """Code blocks and the outputs that follow them, as ``(code, shown or None)``."""
-    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     found = []
     for kind, body in blocks:
         if kind == "python":
@@ -25,16 +24,17 @@ def page():
     return found
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 def test_outputs_are_true(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     printed = []
-    for code, shown in page:
+    for code, shown in blocks_of(page):
         # All tests have eight devices already; the number can be set only once.
         code = re.sub(r"jax\.config\.update.*", "", code)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(compile(code, "<docs/sharding.md>", "exec"), names)
+            exec(compile(code, str(page), "exec"), names)
         text = "".join(line.rstrip() + "\n" for line in out.getvalue().rstrip().splitlines())
         assert bool(text) == (shown is not None), code
         if shown is not None:
@@ -45,7 +45,7 @@ def test_outputs_are_true(page, tmp_path, monkeypatch):
         def renew(match):
             return f"```text\n{next(outputs)}```\n" if match[1] == "text" else match[0]
 
-        PAGE.write_text(BLOCK.sub(renew, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(BLOCK.sub(renew, page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         for shown, text in printed:
             assert shown == text
