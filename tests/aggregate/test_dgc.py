@@ -11,6 +11,7 @@ from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int8, top_k
 from jdml.sharding import collectives, make_mesh
 from jdml.train import make_step
+from jdml.train.saving.residuals import debts
 from tests.train.problems import BATCH, make_batch, pytree_problem
 
 LEARNING_RATE = 0.1
@@ -177,6 +178,12 @@ def test_what_was_not_said_is_all_there():
     np.testing.assert_allclose(
         updates.sum(0) + unsent.mean(0), np.asarray(gradients).mean(1).sum(0), atol=1e-5
     )
+
+
+def test_what_is_held_back_moves_to_another_number_of_workers():
+    """A checkpoint takes both, and nothing else, for debts whose sum it keeps."""
+    state = dgc("data", warmup_steps=4).init({"a": jnp.zeros(3)})
+    assert debts(state) == {"residual/velocity/a", "residual/unsent/a"}
 
 
 def test_clipping_bounds_what_each_worker_adds():
