@@ -47,7 +47,7 @@ def draw(graph: Graph, file: str | Path | None = None) -> "Figure":
     of = f" over {graph.period} rounds" if graph.period > 1 else ""
     figure.suptitle(f"{graph.name}: spectral gap {graph.spectral_gap:.3g}{of}", fontsize=11)
     if file is not None:
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=150, bbox_inches="tight")
     return figure
 
 
