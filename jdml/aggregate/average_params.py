@@ -123,13 +123,13 @@ def average_params(
             return jax.tree.map(lambda x, u: x.astype(u.dtype), moves, updates), *rest
 
         if every == 1:
-            moves, *rest = exchange()
-            return moves, AverageParamsState(steps, steps, *rest, {})
+            moves, anchor, outer_state, residual = exchange()
+            return moves, AverageParamsState(steps, steps, anchor, outer_state, residual, {})
         due = is_due(every, steps, state.last)
         result, metrics = choose("average_params", due, (alone, exchange_in_dtype))
-        moves, *rest = result
+        moves, anchor, outer_state, residual = result
         last = jnp.where(due, steps, state.last)
-        return moves, AverageParamsState(steps, last, *rest, metrics)
+        return moves, AverageParamsState(steps, last, anchor, outer_state, residual, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

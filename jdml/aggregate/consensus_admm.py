@@ -169,8 +169,10 @@ def consensus_admm(
         if every == 1:
             return moves, ConsensusADMMState(steps, *round_())
         result, due = choose("consensus_admm", steps % every == 0, (alone, round_))
-        *rest, metrics = result
-        return moves, ConsensusADMMState(steps, *rest, metrics | due)
+        z, dual, inner_state, penalty, residual, metrics = result
+        return moves, ConsensusADMMState(
+            steps, z, dual, inner_state, penalty, residual, metrics | due
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
