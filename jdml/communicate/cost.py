@@ -125,7 +125,7 @@ def predict(
             + ("(slow, fast) workers and one link or two." if expected == 2 else "one of each.")
         )
     if pattern == "hierarchical":
-        plans = _hierarchical(*sizes, num_elements, words)
+        plans: tuple[_Plan, ...] = _hierarchical(sizes[0], sizes[1], num_elements, words)
     elif pattern in _PLANS:
         plans = (_PLANS[pattern](sizes[0], num_elements, words),)
     else:
