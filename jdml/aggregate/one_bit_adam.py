@@ -9,13 +9,13 @@ import optax
 from jdml.aggregate.adam_parts import check_adam, check_count, preconditioned, wide, zeros
 from jdml.communicate import Wire, error_feedback
 from jdml.communicate.branch import choose, first_branch
-from jdml.communicate.codecs import int8
+from jdml.communicate.codecs import one_bit
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 
 PyTree = Any
 
-SIGNS = error_feedback(int8())
+SIGNS = error_feedback(one_bit())
 
 
 class OneBitAdamState(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-B1, B2, EPS = 0.9, 0.999, 1e-8
+B1, B2 = 0.9, 0.999
 
 
 def mean(trees):
@@ -63,8 +63,8 @@ def low_rank(rank):
     return reference
 
 
-def adam_step(x, m, v, rate, variance_correction):
-    d = jax.tree.map(lambda v: jnp.sqrt(v / variance_correction) + EPS, v)
+def adam_step(x, m, v, rate, variance_correction, eps):
+    d = jax.tree.map(lambda v: jnp.sqrt(v / variance_correction) + eps, v)
     return jax.tree.map(lambda x, m, d: x - rate * m / d, x, m, d)
 
 
@@ -76,7 +76,7 @@ def second_moment(v, g):
     return jax.tree.map(lambda v, g: B2 * v + (1 - B2) * g**2, v, g)
 
 
-def frozen_adam(learning_rate, warmup_steps):
+def frozen_adam(learning_rate, warmup_steps, eps=1e-8):
     """Adam of the mean gradient whose variance stays as it is after the warm-up."""
 
     def reference(gradient, inner, params, num_workers, num_steps):
@@ -86,13 +86,13 @@ def frozen_adam(learning_rate, warmup_steps):
             m = first_moment(m, g)
             v = second_moment(v, g) if t <= warmup_steps else v
             correction = 1 - B2 ** min(t, warmup_steps)
-            params = adam_step(params, m, v, learning_rate / (1 - B1**t), correction)
+            params = adam_step(params, m, v, learning_rate / (1 - B1**t), correction, eps)
         return [params] * num_workers
 
     return reference
 
 
-def zero_one(learning_rate, freeze_step, kappa, double_every, max_interval):
+def zero_one(learning_rate, freeze_step, kappa, double_every, max_interval, eps=1e-8):
     """0/1 Adam with exact exchanges, worker by worker."""
 
     def reference(gradient, inner, params, num_workers, num_steps):
@@ -108,11 +108,11 @@ def zero_one(learning_rate, freeze_step, kappa, double_every, max_interval):
             for k, ((x, m, u), g) in enumerate(zip(workers, gradients, strict=True)):
                 m = first_moment(m, g)
                 u = jax.tree.map(lambda u, m: u + rate * m, u, m)  # noqa: B023
-                workers[k] = (adam_step(x, m, v, rate, correction), m, u)
+                workers[k] = (adam_step(x, m, v, rate, correction, eps), m, u)
             doublings = max(t + 1 - freeze_step, 0) // double_every
             if t + 1 - last >= min(2**doublings, max_interval):
                 u = mean([u for _, _, u in workers])
-                anchor = adam_step(anchor, u, v, 1.0, correction)
+                anchor = adam_step(anchor, u, v, 1.0, correction, eps)
                 m = jax.tree.map(lambda u: u / total, u)  # noqa: B023
                 workers = [(anchor, m, zeros(params))] * num_workers
                 last, total = t + 1, 0.0

@@ -69,8 +69,8 @@ def test_residuals_are_per_worker_and_moments_are_not():
 
 
 @pytest.mark.parametrize("warmup_steps", [1, 2])
-def test_the_momentum_is_what_the_codec_leaves_of_the_mean(warmup_steps):
-    """With error feedback: momentum and mean residual make the exact momentum and the last debt."""
+def test_equals_its_dense_form_but_for_what_the_residuals_hold(warmup_steps):
+    """Signs: momentum and mean residual make the exact momentum and the last debt."""
     tx = one_bit_adam("data", 1e-2, warmup_steps)
     _, problem, init, step = program(tx)
     state, key = init(problem.params, 0), ("in", "kernel")
@@ -88,6 +88,10 @@ def test_the_momentum_is_what_the_codec_leaves_of_the_mean(warmup_steps):
         exact = 0.9 * mu + 0.1 * of(grads)
         now = of(after.residual).mean(0) if i >= warmup_steps else 0
         np.testing.assert_allclose(of(after.mu) + now, exact + owed, atol=1e-6)
+        direction = of(after.mu) / (1 - 0.9 ** (i + 1))
+        direction /= np.sqrt(of(after.nu) / (1 - 0.999 ** min(i + 1, warmup_steps))) + 1e-8
+        expected = of(params) - 1e-2 * direction
+        np.testing.assert_allclose(of(state.params), expected, rtol=1e-4, atol=1e-6)
 
 
 def quadratic(codec, dead):

@@ -74,6 +74,42 @@ def test_exchanges_when_its_schedules_say():
     assert momenta == [*range(13), 14, 16, 19, 22]
 
 
+def test_equals_its_dense_form_but_for_what_the_residuals_hold():
+    """Signs, after local steps: momentum and mean residual make the exact mean and last debt."""
+    tx = zero_one_adam("data", 1e-2, 2, double_every=1, max_interval=2)
+    _, problem, init, step = program(tx)
+    state, compared = init(problem.params, 0), 0
+
+    def of(tree):
+        return np.asarray(tree["in"]["kernel"], np.float64)
+
+    def gradient(params, i, worker):
+        batch = jax.tree.map(lambda x: x[4 * worker : 4 * (worker + 1)], make_batch(i))
+        return of(jax.grad(lambda p: problem.loss_fn(p, batch, None)[0])(params))
+
+    for i in range(7):
+        params, before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+        state, metrics = step(state, make_batch(i))
+        after = state.opt_state
+        if not metrics[MOMENTUM]:
+            continue
+        rate = 1e-2 / (1 - 0.9 ** (i + 1))
+        said = []
+        for k in range(4):
+            g = gradient(jax.tree.map(lambda x: x[k], params), i, k)  # noqa: B023
+            mu = 0.9 * of(before.mu)[k] + 0.1 * g
+            said.append((of(before.progress)[k] + rate * mu) / (before.rate + rate))
+        exact = np.mean(said, axis=0) + of(before.residual).mean(0)
+        mu = of(after.mu)[0]
+        np.testing.assert_allclose(mu + of(after.residual).mean(0), exact, atol=1e-6)
+        root = np.sqrt(of(after.nu) / (1 - 0.999 ** int(after.num_variances))) + 1e-8
+        expected = of(before.anchor) - (before.rate + rate) * mu / root
+        # Where the variance is small, the momentum's rounding is divided by its root.
+        np.testing.assert_allclose(of(state.params)[0], expected, rtol=1e-4, atol=1e-5)
+        compared += before.rate > 0
+    assert compared >= 2
+
+
 def test_without_local_steps_there_is_one_model_and_one_momentum():
     def per_worker(max_interval):
         tx = zero_one_adam("data", 1e-2, 3, max_interval=max_interval)
