@@ -116,7 +116,7 @@ def predict(
         raise ValueError(f"predict: num_elements={num_elements}; expected at least 1.")
     if codec_rate is not None and not codec_rate > 0:
         raise ValueError(f"predict: codec_rate={codec_rate}; expected bytes per second > 0.")
-    sizes = num_workers if isinstance(num_workers, tuple) else (num_workers,)
+    sizes: tuple[int, ...] = num_workers if isinstance(num_workers, tuple) else (num_workers,)
     links = link if isinstance(link, tuple) else (link,) * len(sizes)
     expected = 2 if pattern == "hierarchical" else 1
     if not len(sizes) == len(links) == expected or min(sizes) < 1:
