@@ -36,6 +36,8 @@ AutoRoute = Literal["auto", "outputs", "parameters"]
 class Exchange(NamedTuple):
     """The bytes that each device sends in one relabelling, counted from shapes.
 
+    A compiled program sends as many; on TPU parameters may go in bf16, where products take that.
+
     Attributes:
       route: The one taken; on ``"auto"`` that of fewer bytes, the outputs' if they are equal.
       outputs: By sending inputs to all, and outputs to the inputs' owner.
@@ -215,8 +217,8 @@ class Relabel:
 
     @cached_property
     def _outputs(self) -> Any:
-        ask = self._over_workers(lambda params, x: self.apply_fn(params, x, None), (True, False))
-        return jax.jit(ask)
+        ask = self._over_workers(lambda params, x: self.apply_fn(params, x, None))
+        return jax.jit(lambda params, inputs: ask(params, self._for_each(inputs)))
 
     def _program(
         self,
@@ -236,8 +238,8 @@ class Relabel:
             if route == "outputs" or self.share == "inputs":
                 everyones = self._gather(own)
         if route == "outputs":
-            ask_all = self._over_workers(self._ask_all, (True, False))
-            mean = self._take_means(ask_all(params, everyones), key)
+            said = self._over_workers(self._ask_all)(params, self._for_each(everyones))
+            mean = self._take_means(said, key)
         else:
             mean = self._ask_in_turn(params, own, specs)
         answers = settle(mean, self.of)
@@ -257,7 +259,7 @@ class Relabel:
 
     def _ask_in_turn(self, params: PyTree, own: PyTree, specs: tuple[P, ...]) -> jax.Array:
         """The mean of all models' answers to each worker's own batches; models go round a ring."""
-        ask = self._over_workers(self._ask, (True, True))
+        ask = self._over_workers(self._ask)
         leaves, treedef = jax.tree.flatten(params)
         ring = [(k, (k + 1) % self.num_workers) for k in range(self.num_workers)]
 
@@ -305,36 +307,34 @@ class Relabel:
         """A ``shard_map`` manual over every axis: what is sent is what the device holds."""
         return lambda f: jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def _over_workers(
-        self, f: Callable[[PyTree, PyTree], jax.Array], divided: tuple[bool, bool]
-    ) -> Callable[[PyTree, PyTree], jax.Array]:
-        """``f`` on every worker at once; the other mesh axes stay automatic.
+    def _for_each(self, tree: PyTree) -> PyTree:
+        """What all have, with a leading worker dim: each its own copy.
 
-        Args:
-          f: ``(params, inputs) -> outputs`` of one worker.
-          divided: Which of its arguments has a leading worker dim.
+        Mapped over only one of two arguments, a gather of rows makes the partitioner divide the
+        samples over the workers first, and send them to where they were.
         """
-        axes = axes_of(self.workers)
-        alone = all(size == 1 for a, size in self.mesh.shape.items() if a not in axes)
+        return self._region(in_specs=(P(),), out_specs=P(self.workers))(
+            lambda tree: jax.tree.map(lambda x: x[None], tree)
+        )(tree)
 
-        def unstacked(params: PyTree, inputs: PyTree) -> jax.Array:
-            args = [
-                jax.tree.map(lambda x: x[0], tree) if mapped else tree
-                for tree, mapped in zip((params, inputs), divided, strict=True)
-            ]
-            return f(*args)[None]
+    def _over_workers(
+        self, f: Callable[[PyTree, PyTree], jax.Array]
+    ) -> Callable[[PyTree, PyTree], jax.Array]:
+        """``f(params, inputs)`` on every worker at once; the other mesh axes stay automatic."""
+
+        def unstacked(*trees: PyTree) -> jax.Array:
+            return f(*jax.tree.map(lambda x: x[0], trees))[None]
 
         def run(params: PyTree, inputs: PyTree) -> jax.Array:
             with self._rules_context():
-                if not alone:
-                    in_axes = tuple(0 if mapped else None for mapped in divided)
-                    return jax.vmap(f, in_axes, spmd_axis_name=self.workers)(params, inputs)
+                if self.mesh.size > self.num_workers:
+                    return jax.vmap(f, spmd_axis_name=self.workers)(params, inputs)
                 # No worker dim in the products, of which CPU's compiler makes transposes and
                 # grouped convolutions. Unchecked: nothing in the model is exchanged over the axis.
                 return jax.shard_map(
                     unstacked,
                     mesh=self.mesh,
-                    in_specs=tuple(P(self.workers) if mapped else P() for mapped in divided),
+                    in_specs=(P(self.workers), P(self.workers)),
                     out_specs=P(self.workers),
                     check_vma=False,
                 )(params, inputs)
