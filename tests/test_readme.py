@@ -5,9 +5,7 @@ from pathlib import Path
 
 import optax
 
-from jdml.aggregate import average_params, mean_gradients
-from jdml.communicate import error_feedback
-from jdml.communicate.codecs import int8
+from jdml import aggregate, communicate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -15,13 +13,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_its_code_runs():
     chains, program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {
-        "optax": optax,
-        "mean_gradients": mean_gradients,
-        "average_params": average_params,
-        "error_feedback": error_feedback,
-        "int8": int8,
-    }
+    names = {"optax": optax}
+    for module in (aggregate, communicate, communicate.codecs, communicate.topology):
+        names |= {name: x for name, x in vars(module).items() if not name.startswith("_")}
     exec(chains, names)
     shown: dict = {}
     exec(program, shown)
