@@ -1,7 +1,7 @@
 """Small leaves joined into long vectors, so that they do not each pay for a launch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,22 @@ def map_in_buckets(
     return tuple(outputs)
 
 
+def plan(kinds: Sequence[Hashable], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Groups indices of one kind, in order, up to a total length; an empty one is in no group."""
+    groups: list[list[int]] = []
+    open_groups: dict[Hashable, tuple[list[int], int]] = {}
+    for i, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
+        if length == 0:
+            continue
+        members, filled = open_groups.get(kind, ([], 0))
+        if not members or filled + length > limit:
+            members, filled = [], 0
+            groups.append(members)
+        members.append(i)
+        open_groups[kind] = (members, filled + length)
+    return groups
+
+
 def _plan(
     trees: Sequence[Sequence[jax.Array]], granularity: int, bucket_elements: int
 ) -> list[list[int]]:
@@ -56,20 +72,10 @@ def _plan(
     A leaf that is replicated over some axis must stay so, and joined to one that is not it would
     no longer be known to be.
     """
-    buckets: list[list[int]] = []
-    open_buckets: dict[frozenset[str], tuple[list[int], int]] = {}
-    for i, leaf in enumerate(trees[0]):
-        if leaf.size == 0:
-            continue
-        length = _ceil(leaf.size, granularity)
-        varying = frozenset[str]().union(*(varying_axes(leaves[i]) for leaves in trees))
-        members, filled = open_buckets.get(varying, ([], 0))
-        if not members or filled + length > bucket_elements:
-            members, filled = [], 0
-            buckets.append(members)
-        members.append(i)
-        open_buckets[varying] = (members, filled + length)
-    return buckets
+    kinds = [
+        frozenset[str]().union(*map(varying_axes, leaves)) for leaves in zip(*trees, strict=True)
+    ]
+    return plan(kinds, [_ceil(leaf.size, granularity) for leaf in trees[0]], bucket_elements)
 
 
 def _ceil(size: int, granularity: int) -> int:

@@ -83,7 +83,8 @@ def predict(
 
     ``seconds = num_hops * latency + bytes / bandwidth + coded / codec_rate``. The bytes are those
     that the compiled program carries for a vector of this length; a tree of leaves adds what fills
-    its leaves up to whole blocks. An all-reduce, all-gather or all-to-all is taken to send ``K-1``
+    its leaves up to whole blocks, and a payload of 64 KiB or more what fills it up to whole lines
+    (mostly of 128 bytes). An all-reduce, all-gather or all-to-all is taken to send ``K-1``
     messages one after the other for each of its phases, as a ring does.
 
     Args:

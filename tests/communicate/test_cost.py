@@ -77,8 +77,8 @@ def test_all_reduce_carries_the_bytes_predicted(topology, num_workers, codec):
 )
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_other_collectives_carry_the_bytes_predicted(name, num_workers, codec):
-    # Long enough that a broadcast takes the chain without a codec, and mostly the tree with one.
-    size, words = 24 * 3000, CODECS[codec]
+    # Long enough that a broadcast takes the chain; payloads of whole lines, not filled up.
+    size, words = 24 * 3072, CODECS[codec]
     found = carried(
         lambda x, axis: COLLECTIVES[name](x, axis, words), ("data",), (num_workers,), size
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jdml.communicate.buckets import BUCKET_ELEMENTS
+from jdml.communicate.buckets import BUCKET_ELEMENTS, plan
 from jdml.communicate.codecs.base import Codec, fill_up
 from jdml.communicate.collectives.checks import Content, PyTree, check_call, check_content
 from jdml.communicate.collectives.checks import check_names as check_names
@@ -112,18 +112,8 @@ def _in_buckets(
     say: Say, matrices: Sequence[jax.Array], num_back: int, codec: Codec, key: jax.Array | None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Says small matrices side by side: those that vary alike, in one dtype."""
-    buckets: list[list[int]] = []
-    filling: dict[tuple[frozenset[str], str], tuple[list[int], int]] = {}
-    for i, rows in enumerate(matrices):
-        if not rows.size:
-            continue
-        kind = (varying_axes(rows), str(rows.dtype))
-        members, filled = filling.get(kind, ([], 0))
-        if not members or filled + rows.size > BUCKET_ELEMENTS:
-            members, filled = [], 0
-            buckets.append(members)
-        members.append(i)
-        filling[kind] = (members, filled + rows.size)
+    kinds = [(varying_axes(rows), rows.dtype) for rows in matrices]
+    buckets = plan(kinds, [rows.size for rows in matrices], BUCKET_ELEMENTS)
     results = [jnp.zeros((num_back, rows.shape[1]), rows.dtype) for rows in matrices]
     errors = [jnp.zeros(rows.shape, jnp.float32) for rows in matrices]
     for number, members in enumerate(buckets):
