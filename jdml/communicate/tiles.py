@@ -95,7 +95,8 @@ def in_tiles(exchange: Exchange) -> Exchange:
         out = exchange(matrix, axis, InTiles(codec, width, multiple), key, feedback)
         if traced_for_tpu():
             # Else XLA gives the last step of decoding the leaf's shape, and each of its operands.
-            out = jax.lax.optimization_barrier(out)
+            # One barrier for each: together (jax 0.10) the mean would vary as the error does.
+            out = jax.tree.map(jax.lax.optimization_barrier, out)
         mean, error = out
         return mean.reshape(-1), None if error is None else error.reshape(-1)
 
