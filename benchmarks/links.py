@@ -30,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.crew import Crew, crew_of
+from benchmarks.links_picture import draw
 from benchmarks.machine import console_of_tables, machine
 from benchmarks.methods import cost, method
 from benchmarks.namespaces import LinkedWorker, NamespacesUnavailable, linked_workers
@@ -109,6 +110,8 @@ class Options:
     """Run PyTorch's methods too, if it is installed."""
     json: Path | None = None
     """Write what was measured there."""
+    picture: Path | None = None
+    """Draw bytes and times there (.png); needs matplotlib."""
     timeout_s: float = 300.0
 
 
@@ -246,14 +249,16 @@ def runnable(options: Options) -> tuple[Options, list[str]]:
     return dataclasses.replace(options, methods=tuple(kept)), remarks
 
 
-def report(options: Options, measured: dict[str, Measured]) -> Table:
-    """The table: ratios to the exact mean in bytes and to PyTorch's f32 all-reduce in time."""
+def title(options: Options) -> str:
+    """What is measured."""
     speed = f"{options.megabits_per_s:g} Mbit/s" if options.megabits_per_s else "unshaped"
     megabytes = 16 * options.side**2 / 1e6
-    table = Table(
-        title=f"Mean of {megabytes:.1f} MB f32 over {options.num_workers} processes, {speed} links",
-        caption=machine("jax", "torch"),
-    )
+    return f"Mean of {megabytes:.1f} MB f32 over {options.num_workers} processes, {speed} links"
+
+
+def report(options: Options, measured: dict[str, Measured]) -> Table:
+    """The table: ratios to the exact mean in bytes and to PyTorch's f32 all-reduce in time."""
+    table = Table(title=title(options), caption=machine("jax", "torch"))
     table.add_column("method", no_wrap=True)
     headings = ("MB / worker", "/ exact", "s / round", "predicted", "/ torch f32", "rel. error")
     for heading in headings:
@@ -316,11 +321,17 @@ def main(options: Options) -> int:
     if options.json is not None:
         content = {
             "machine": machine("jax", "torch"),
-            "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "json"},
+            "options": {
+                name: value
+                for name, value in dataclasses.asdict(options).items()
+                if not isinstance(value, Path)
+            },
             "measured": {name: dataclasses.asdict(m) for name, m in measured.items()},
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n")
+    if options.picture is not None:
+        console.print(f"picture: {draw(measured, title(options), options.picture)}")
     return 0 if all(met for _, met in lines) else 1
 
 

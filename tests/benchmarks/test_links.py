@@ -6,6 +6,7 @@ import math
 import pytest
 
 from benchmarks import links
+from benchmarks.links_picture import draw
 from benchmarks.namespaces import NamespacesUnavailable
 
 pytestmark = pytest.mark.slow
@@ -80,6 +81,19 @@ def test_targets_are_judged_by_the_rows_that_were_measured():
     assert not met
     assert "MISSED" in line
     assert not links.verdicts({"exact": row(100, 1.1), "int8": row(25.4, 0.3)})
+
+
+def test_the_picture_has_a_row_for_each_method(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured = {
+        "exact": links.Measured(1e6, 1.0, 0.0, predicted=0.9),
+        "torch f32": links.Measured(1e6, 1.0, 0.0),
+    }
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    draw(dict(list(measured.items())[:1]), "one", small)
+    draw(measured, "two", large)
+    heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (small, large)]
+    assert heights[0] < heights[1]
 
 
 def test_an_unknown_method_is_refused_before_anything_starts():
