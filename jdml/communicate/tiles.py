@@ -27,7 +27,9 @@ Exchange = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
 def tile_width(codec: Codec) -> int | None:
-    """Elements in a row of the matrix, a codec's block, if blocks are whole tile rows."""
+    """Elements in a row of the matrix: a codec's block, if blocks are whole rows of tiles."""
+    if codec.elementwise:
+        return LANES
     width = getattr(codec, "block", None) or codec.granularity
     fits = width % LANES == 0 and codec.granularity % width == 0
     return width if fits else None
@@ -58,10 +60,12 @@ class InTiles(Codec):
 
     @property
     def granularity(self) -> int:
-        return math.lcm(self.codec.granularity // self.width, self.multiple)
+        return math.lcm(max(self.codec.granularity // self.width, 1), self.multiple)
 
     def encode_rows(self, rows: jax.Array, key: jax.Array | None = None) -> Payload:
-        return self.codec.encode_rows(rows.reshape(rows.shape[0], -1), key)
+        if not self.codec.elementwise:
+            rows = rows.reshape(rows.shape[0], -1)
+        return self.codec.encode_rows(rows, key)
 
     def decode_rows(self, payload: Payload, length: int) -> jax.Array:
         rows = self.codec.decode_rows(payload, length * self.width)
@@ -84,14 +88,14 @@ def in_tiles(exchange: Exchange) -> Exchange:
     def tiled(
         vector: jax.Array, axis: Any, codec: Codec, key: Any, feedback: Any
     ) -> tuple[jax.Array, jax.Array | None]:
-        width = tile_width(codec)
-        if width is None:
+        width, num_workers = tile_width(codec), int(jax.lax.axis_size(axis))
+        if width is None or vector.size % width:
             return exchange(vector, axis, codec, key, feedback)
-        matrix = vector.reshape(-1, width)
-        multiple = 1
-        if traced_for_tpu():
-            whole = filled_up(len(matrix), SUBLANES * int(jax.lax.axis_size(axis)))
-            multiple = SUBLANES if whole else 1
+        matrix, multiple = vector.reshape(-1, width), 1
+        if traced_for_tpu() and filled_up(len(matrix), SUBLANES * num_workers):
+            multiple = SUBLANES
+        elif codec.elementwise and len(matrix) % num_workers:
+            return exchange(vector, axis, codec, key, feedback)  # whole rows would be more to say
         out = exchange(matrix, axis, InTiles(codec, width, multiple), key, feedback)
         if traced_for_tpu():
             # Else XLA gives the last step of decoding the leaf's shape, and each of its operands.

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdml.communicate import buckets, error_feedback, tiles
 from jdml.communicate.buckets import map_in_buckets
-from jdml.communicate.codecs import int4, int8, top_k
+from jdml.communicate.codecs import bf16, int4, int8, top_k
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES
 from jdml.communicate.collectives.payloads import in_chunks
 from jdml.communicate.tiles import in_tiles, tile_width
@@ -18,11 +18,12 @@ from jdml.sharding import make_mesh
 def test_a_matrix_has_the_codecs_blocks_for_rows_if_tpu_tiles_hold_them():
     assert tile_width(int8()) == 256
     assert tile_width(int4()) == 128
+    assert tile_width(bf16()) == 128
     assert tile_width(int8(100)) is None
     assert tile_width(top_k(0.01)) is None
 
 
-@pytest.mark.parametrize("codec", [int8(128), int4(128)])
+@pytest.mark.parametrize("codec", [int8(128), int4(128), bf16()])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_says_the_same_in_tiles(topology, codec):
     shape = {"slow": 2, "fast": 2} if topology == "hierarchical" else {"data": 4}

@@ -51,6 +51,9 @@ class Codec(abc.ABC):
     leaves_out: ClassVar[bool] = False
     """Whether most elements are not said at all, and read as zero (top-k and its like)."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether each element is said by itself: then rows, and payloads, may have any shape."""
+
     fill: ClassVar[Literal["zeros", "wrap"]] = "zeros"
     """What fills a leaf up to whole blocks: zeros, or the leaf's own elements over again.
 

@@ -1,6 +1,7 @@
 """Formats without a scale: f32 as it is, and its upper half."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ _INFINITE = 255 << 23
 @dataclasses.dataclass(frozen=True)
 class Identity(Codec):
     """See :func:`identity`."""
+
+    elementwise: ClassVar[bool] = True
 
     @property
     def granularity(self) -> int:
@@ -32,6 +35,8 @@ class Identity(Codec):
 @dataclasses.dataclass(frozen=True)
 class Bf16(Codec):
     """See :func:`bf16`."""
+
+    elementwise: ClassVar[bool] = True
 
     @property
     def granularity(self) -> int:

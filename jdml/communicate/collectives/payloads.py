@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ TILE = 8 * LANES
 @dataclasses.dataclass(frozen=True)
 class Values(Codec):
     """What ``codec=None`` says: the values themselves, in their own dtype."""
+
+    elementwise: ClassVar[bool] = True
 
     @property
     def granularity(self) -> int:
