@@ -68,8 +68,8 @@ class BlockCodes(Codec):
     def fused(self) -> bool:
         """Whether the TPU kernel may encode.
 
-        The one scale is the absolute maximum, called ``largest``; nothing is drawn; and ``grid``
-        and ``to_codes`` are elementwise, of f32 and int32 arithmetic.
+        The one scale is the absolute maximum, called ``largest``; nothing is drawn; a block is one
+        line; and ``grid`` and ``to_codes`` are elementwise, of f32 and int32 arithmetic.
         """
         return False
 

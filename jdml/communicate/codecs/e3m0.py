@@ -20,6 +20,10 @@ class E3M0(PartsOfLargest):
         check_block("e3m0", self.block)
 
     @property
+    def fused(self) -> bool:
+        return True
+
+    @property
     def width(self) -> int:
         return 4
 

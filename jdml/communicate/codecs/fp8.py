@@ -32,6 +32,10 @@ class Fp8(PartsOfLargest):
         check_block("fp8", self.block)
 
     @property
+    def fused(self) -> bool:
+        return True
+
+    @property
     def width(self) -> int:
         return 8
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jdml.communicate.codecs import int2, int4, int8
+from jdml.communicate.codecs import e3m0, fp8, int2, int4, int8, one_bit, qsgd, terngrad
 from jdml.communicate.kernels.blocks import encode_blocks, fits
 from jdml.communicate.kernels.here import kernels_run_here, traced_for_tpu
 from jdml.sharding import make_mesh
@@ -16,6 +16,9 @@ CODECS = {
     "int8, long blocks": (int8(1024), 128),
     "int4": (int4(128), 512),
     "int2": (int2(128), 512),
+    "fp8": (fp8(), 128),
+    "fp8, e5m2": (fp8("e5m2"), 128),
+    "e3m0": (e3m0(128), 256),
 }
 
 
@@ -40,6 +43,7 @@ def kernel(codec, blocks):
 @pytest.mark.parametrize("name", CODECS)
 def test_equals_the_plain_form_bit_for_bit(name):
     codec, n = CODECS[name]
+    assert codec.fused
     x = hard_blocks(2, n, codec.block)
     codes, largest = jax.jit(lambda x: kernel(codec, x))(x)
     plain = jax.jit(codec.encode_rows)(x.reshape(2, -1))
@@ -78,6 +82,12 @@ def test_in_a_region_inside_another_as_exchanges_call_it():
         np.testing.assert_array_equal(bits(scales), bits(plain["largest"]))
         finite = np.isfinite(plain["largest"])
         np.testing.assert_array_equal(np.asarray(got)[finite], np.asarray(plain["codes"])[finite])
+
+
+def test_takes_no_codec_that_draws_or_measures_more():
+    assert not int8(rounding="stochastic").fused
+    assert not int8(scaling="two_sided").fused
+    assert not any(codec.fused for codec in (one_bit(), terngrad(), qsgd(4)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdml.communicate import all_reduce_mean, error_feedback
-from jdml.communicate.codecs import int4, int8
+from jdml.communicate.codecs import e3m0, fp8, int4, int8
 from jdml.sharding import make_mesh
 
 pytestmark = [
@@ -48,6 +48,8 @@ def compile_exchange(mesh, codec, shape, axis_names=frozenset()):
     [
         (int8(), (4096, 1024), 2.5),  # 1.5; 14.9 while chunks were rows
         (int4(), (4096, 1024), 3.5),  # 2.1
+        (fp8(), (4096, 1024), 2.5),  # 1.4
+        (e3m0(), (4096, 1024), 3.5),  # 2.2
         (int8(), (4100, 768), 3.0),  # 1.8; 19.5. Tiles of eight rows do not divide it
     ],
 )
