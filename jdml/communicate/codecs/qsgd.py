@@ -73,10 +73,10 @@ def qsgd(levels: int, block: int = 512) -> Qsgd:
     """``||x|| sgn(x_i) q_i``, ``q_i`` a multiple of ``1 / levels`` beside ``|x_i| / ||x||``.
 
     Which of the two is drawn so that the mean is right (to 2^-17 of a level): unbiased, with ``E
-    ||C(x) - x||^2 <= min(n / levels^2, sqrt(n) / levels) ||x||^2`` for each block of n; above 1
-    that is no contraction. Zero stays zero. Subnormal numbers are treated like others. What is
-    drawn above the largest f32 is decoded as that. A NaN or infinity makes its whole block NaN or
-    infinite.
+    ||C(x) - x||^2 <= min(n / levels^2, sqrt(n) / levels) ||x||^2`` for each block of n. Above 1
+    that is no contraction: use it without error feedback then, whose residual would grow. Zero
+    stays zero. Subnormal numbers are treated like others. What is drawn above the largest f32 is
+    decoded as that. A NaN or infinity makes its whole block NaN or infinite.
 
     The scale that is sent is ``||x|| / sqrt(n)``. The paper codes the levels with Elias codes, of
     which most are short; here every code has the same width, which is what a collective can carry.

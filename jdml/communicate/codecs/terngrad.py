@@ -25,7 +25,8 @@ class TernGrad(PartsOfLargest):
 
     def __post_init__(self) -> None:
         check_block("terngrad", self.block)
-        if self.clip is not None and not 1 <= self.clip < float("inf"):
+        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
+        if self.clip is not None and not (number and 1 <= self.clip < float("inf")):
             raise ValueError(
                 f"terngrad(clip={self.clip!r}): expected None, or a number of deviations that is "
                 "at least 1, such as 2.5."
@@ -57,9 +58,10 @@ class TernGrad(PartsOfLargest):
 def terngrad(block: int = 512, clip: float | None = None) -> TernGrad:
     """``s sgn(x_i) b_i`` with ``P(b_i = 1) = |x_i| / s``, ``s`` the block's absolute maximum.
 
-    Unbiased (the probability is right to 2^-24), with ``E ||C(x) - x||^2 = s ||x||_1 - ||x||^2`` in
-    a block. Zero stays zero. Subnormal numbers are treated like others; the largest f32 overflows
-    nothing. A NaN or infinity makes its whole block so.
+    Unbiased (the probability is right to 2^-23), with ``E ||C(x) - x||^2 = s ||x||_1 - ||x||^2`` in
+    a block: seldom a contraction, so use it without error feedback, whose residual would grow. Zero
+    stays zero. Subnormal numbers are treated like others; the largest f32 overflows nothing. A NaN
+    or infinity makes its whole block so.
 
     Args:
       block: Number of consecutive elements that share ``s``; a whole layer in the paper.

@@ -89,7 +89,7 @@ def clipped(deviations: float, block: int) -> Callable[..., float]:
 
 
 def norm_levels(levels: int, block: int) -> Callable[..., float]:
-    """QSGD, Theorem 3.2 (Lemma 3.1): the variance bound of each bucket."""
+    """QSGD, Lemma 3.1: the variance bound of each bucket."""
     return lambda x: min(block / levels**2, block**0.5 / levels)
 
 

@@ -40,6 +40,6 @@ def test_clipping_leaves_a_constant_leaf_alone():
 def test_refuses():
     with pytest.raises(ValueError, match="positive int"):
         terngrad(0)
-    for clip in (0, 0.5, -1, float("inf"), float("nan")):
+    for clip in (0, 0.5, -1, float("inf"), float("nan"), "2.5", True):
         with pytest.raises(ValueError, match=r"terngrad\(clip=.*2.5"):
             terngrad(clip=clip)
