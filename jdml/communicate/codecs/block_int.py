@@ -86,8 +86,11 @@ class BlockInt(BlockCodes):
         # The last step is 1 exactly, for each of these numbers of steps: the ends are decoded as
         # they were. 0 × NaN and 0 × ∞ are NaN: what was not finite stays so.
         part = codes.astype(jnp.float32) * jnp.float32(1 / self.num_steps)
+        # Between two products a bound that nothing passes: XLA would multiply their constants first
+        # (seen in jax 0.10.2), and the last step would be off by a rounding.
         if low is None:
-            return lower(part * high, by)
+            return lower(jnp.maximum(part, -1) * high, by)
+        part = jnp.minimum(part, 1)
         # Rounding must not pass the ends, one of which may be the largest f32.
         return lower(jnp.clip(low * (1 - part) + high * part, low, high), by)
 
