@@ -4,19 +4,20 @@ The plain form makes two passes, since a block's scale must be known before its 
 encoded: XLA reads all that a worker says twice. 16 Mi elements in blocks of 256 to int8, compiled
 for v5e (libtpu 0.0.51):
 
-================  ==========================  =================  ================
-form              read and written in HBM     cycles             bytes of program
-================  ==========================  =================  ================
-plain             134 MB + 17 MB              629,000 (XLA's)    560,000
-kernel            67 MB + 17 MB               142,000 (counted)  210,000
-================  ==========================  =================  ================
+======  ====================  ===================  ==================
+form    HBM read and written  cycles               bytes of program
+======  ====================  ===================  ==================
+plain   134 MB + 17 MB        675,000 (estimated)  560,000
+kernel  67 MB + 17 MB         139,000 (scheduled)  210,000
+======  ====================  ===================  ==================
 
-A copy of 84 MB takes 190,000 cycles by XLA's own estimate, so that the kernel is as fast as memory.
-The plain form's cycles are XLA's estimate, the kernel's its scheduled instructions; neither was
-run. In an exchange both phases encode, the second one chunk of it.
+XLA estimates its own fusions; the kernel's cycles are the instructions of a tile, times the tiles.
+Neither was run. XLA takes 190,000 cycles for a copy of 84 MB, so that the kernel should be as fast
+as memory is. In an exchange both phases encode, the second one chunk of it.
 
 Decoding needs no kernel: XLA makes one pass of it, and adds the workers' shares in the same. Nor is
-there one for GPU: nothing here could compile it, far less run it.
+there one for GPU. Pallas lowers it without a device, but compiles nothing that could be compared,
+and XLA for GPU has a rewrite of its own that joins a reduction to what is made of it.
 """
 
 import functools
