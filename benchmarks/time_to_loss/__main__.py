@@ -8,7 +8,8 @@ programs' first loss and gradient are compared.
 What a step loses does not depend on the link, so each method trains once to the end over unshaped
 links, with validations; then the first steps of the same run are repeated over links of each rate
 and timed, and their losses must equal the whole run's bit for bit. Time to the loss is steps to the
-loss times the median step. ``--full`` trains to the end at every rate instead.
+loss times the median step (1-bit Adam: of its exact steps and of those after). ``--full`` trains
+to the end at every rate instead.
 
 A step's computation is timed as the same step without its exchange (jdml: the chain without
 ``mean_gradients``; DDP: ``no_sync``), the four workers side by side; the exchange is what the whole
@@ -24,34 +25,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.crew import Crew, crew_of
+from benchmarks.crew import crew_of
 from benchmarks.machine import console_of_tables, machine
 from benchmarks.methods import method
-from benchmarks.namespaces import (
-    LinkedWorker,
-    NamespacesUnavailable,
-    linked_workers,
-    shape,
-)
-from benchmarks.time_to_loss.problem import Task, write_problem
-from benchmarks.time_to_loss.results import DDP, EXACT, TORCH, AtRate, Result, load, verdicts
+from benchmarks.namespaces import NamespacesUnavailable, linked_workers, shape
+from benchmarks.time_to_loss.measure import Plan, Run, crew_commands
+from benchmarks.time_to_loss.problem import ONE_BIT_ADAM, Task, write_problem
+from benchmarks.time_to_loss.results import DDP, EXACT, TORCH, Result, load, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
-PORT = 29500  # inside a namespace of our own, so that it is always free
 
 OURS = (
     EXACT,
@@ -60,6 +53,7 @@ OURS = (
     "one_bit + EF",
     "top 1 % + int8 + EF all_gather",
     "power_sgd 4",
+    ONE_BIT_ADAM,
 )
 THEIRS = (DDP, "torch fp16", "torch bf16", "torch PowerSGD 4")
 GRADIENTS_AGREE = 1e-5  # relative to the largest leaf's norm; f32 sums in another order
@@ -76,7 +70,7 @@ class Options:
     target: float = 1.7
     """Validation loss to reach, nats per byte."""
     timed_steps: int = 10
-    """Steps timed at each rate, after two that are not."""
+    """Steps timed at each rate, after three that are not."""
     full: bool = False
     """Train to the end at every rate."""
     torch: bool = True
@@ -86,101 +80,12 @@ class Options:
     timeout_s: float = 600.0
 
 
-def crew_commands(
-    workers: Sequence[LinkedWorker], task: Task, problem: Path, theirs: bool
-) -> list[list[str]]:
-    """How each process of a program is started."""
-    module = f"benchmarks.time_to_loss.worker_{'torch' if theirs else 'jdml'}"
-    script = [sys.executable, "-m", module]
-    script += ["--coordinator", f"{workers[0].address}:{PORT + theirs}"]
-    script += ["--problem", str(problem.resolve())]
-    script += ["--shape", json.dumps(dataclasses.asdict(task.shape))]
-    script += ["--num-workers", str(len(workers))]
-    return [w.command(*script, "--worker", str(i)) for i, w in enumerate(workers)]
-
-
-class Run:
-    """One program's processes, and what is asked of them."""
-
-    def __init__(self, options: Options, workers: Sequence[LinkedWorker], crew: Crew) -> None:
-        self.options = options
-        self.workers = workers
-        self.crew = crew
-
-    def gradient(self, path: Path) -> float:
-        """Has the first worker write the first mean gradient; returns the loss."""
-        return self.crew.ask("gradient", path=str(path.resolve()))[0]
-
-    def measure(self, result: Result, progress: Progress, task: TaskID) -> None:
-        """Fills what the result lacks, and saves it after each part."""
-        name = result.name.removeprefix(TORCH)
-        out, wanted = self.options.out, self.options.task
-        if not result.alone:
-            progress.update(task, description=f"{result.name}: the step alone")
-            shape(self.workers, None)
-            self.crew.ask("start", name="alone")
-            result.alone = self._train(2 + self.options.timed_steps)[0][2:]
-            result.save(out)
-        if len(result.losses) < wanted.steps:
-            shape(self.workers, None)
-            progress.update(task, description=f"{result.name}: training")
-            result.losses, result.validation, _, _ = self._whole(name, progress, task)
-            result.save(out)
-        for rate in self.options.rates:
-            at = result.rates.get(f"{rate:g}")
-            if at and (at.validation or not self.options.full):
-                progress.update(task, advance=0 if self.options.full else 1)
-                continue
-            progress.update(task, description=f"{result.name}: {rate:g} Mbit/s")
-            shape(self.workers, rate)
-            result.rates[f"{rate:g}"] = self._over(name, result, progress, task)
-            result.save(out)
-
-    def _over(self, name: str, result: Result, progress: Progress, task: TaskID) -> AtRate:
-        if self.options.full:
-            losses, validation, seconds, sent = self._whole(name, progress, task)
-        else:
-            self.crew.ask("start", name=name)
-            seconds, losses, sent = self._train(2 + self.options.timed_steps)
-            validation = []
-            progress.update(task, advance=1)
-        if losses != result.losses[: len(losses)]:
-            raise RuntimeError(
-                f"{result.name}: losses over shaped links differ from those over unshaped ones, "
-                f"{losses[:5]} … and {result.losses[:5]} …; times of one run would not be the "
-                "other's. --full trains over each link."
-            )
-        return AtRate(seconds[2:], sent, losses, validation)
-
-    def _whole(self, name: str, progress: Progress, task: TaskID) -> Any:
-        """A run from the first step to the last: losses, validation, seconds, bytes per step."""
-        wanted = self.options.task
-        self.crew.ask("start", name=name)
-        losses: list[float] = []
-        seconds: list[float] = []
-        validation, sent = [(0, self.crew.ask("validate")[0])], []
-        while len(losses) < wanted.steps:
-            steps = min(wanted.eval_every, wanted.steps - len(losses))
-            more_seconds, more, bytes_per_step = self._train(steps)
-            seconds, losses = seconds + more_seconds, losses + more
-            sent.append(bytes_per_step)
-            validation.append((len(losses), self.crew.ask("validate")[0]))
-            progress.update(task, advance=steps)
-        return losses, validation, seconds, float(np.median(sent))
-
-    def _train(self, steps: int) -> tuple[list[float], list[float], float]:
-        """Seconds of each step, losses, and bytes per step of the worker that sent most."""
-        answers = self.crew.ask("train", steps=steps)
-        ends = np.max([answer["ends"] for answer in answers], axis=0)
-        begin = max(answer["begin"] for answer in answers)
-        seconds = np.diff(ends, prepend=begin).tolist()
-        sent = max(answer["sent"] for answer in answers) / steps
-        return seconds, answers[0]["losses"], sent
-
-
 def run(options: Options, console: Console) -> dict[str, Result]:
     """Measures what ``options.out`` does not hold yet."""
     out, fingerprint = options.out, options.task.fingerprint()
+    plan = Plan(options.task, options.rates, options.timed_steps, options.full, out)
+    for name in options.methods:
+        plan.check(name)
     results = {name: load(out, name, fingerprint) for name in options.methods}
     problem = out / f"problem-{fingerprint}.npz"
     if not problem.exists():
@@ -192,7 +97,7 @@ def run(options: Options, console: Console) -> dict[str, Result]:
     with linked_workers(options.task.num_workers) as workers:
         for theirs in (False, True):
             mine = [r for r in results.values() if r.name.startswith(TORCH) == theirs]
-            open_ones = [r for r in mine if not _complete(r, options)]
+            open_ones = [r for r in mine if not plan.is_complete(r)]
             gradient = out / f"gradient-{fingerprint}-{'torch' if theirs else 'jdml'}.npz"
             if not open_ones and (gradient.exists() or not mine):
                 continue
@@ -204,14 +109,18 @@ def run(options: Options, console: Console) -> dict[str, Result]:
                 Progress(console=console, transient=True) as progress,
             ):
                 bar = progress.add_task("starting", total=total)
-                asked = Run(options, workers, crew)
+                asked = Run(plan, workers, crew)
+
+                def tell(what: str, steps: int, progress=progress, bar=bar) -> None:
+                    progress.update(bar, advance=steps, **({"description": what} if what else {}))
+
                 shape(workers, None)
                 loss = asked.gradient(gradient)
                 console.print(f"{'PyTorch' if theirs else 'jdml'}: loss at step 0 is {loss:.6f}")
                 if theirs:
                     compare_gradients(out, fingerprint, console)
                 for result in open_ones:
-                    asked.measure(result, progress, bar)
+                    asked.measure(result, tell)
                     console.print(f"{result.name}: final validation loss {result.final_loss:.4f}")
     return results
 
@@ -239,15 +148,6 @@ def compare_gradients(out: Path, fingerprint: str, console: Console) -> None:
     console.print(
         f"first gradients of jdml and PyTorch: {apart[worst]:.1e} apart at most ({worst})"
     )
-
-
-def _complete(result: Result, options: Options) -> bool:
-    def timed(rate: float) -> bool:
-        at = result.rates.get(f"{rate:g}")
-        return at is not None and bool(at.validation or not options.full)
-
-    whole = len(result.losses) == options.task.steps and bool(result.alone)
-    return whole and all(timed(rate) for rate in options.rates)
 
 
 def report(options: Options, results: dict[str, Result]) -> list[Table]:
@@ -299,7 +199,7 @@ def runnable(options: Options) -> tuple[Options, list[str]]:
     """
     torch = options.torch and importlib.util.find_spec("torch") is not None
     for name in options.methods:
-        if not name.startswith(TORCH):
+        if not name.startswith(TORCH) and name != ONE_BIT_ADAM:
             method(name)
     kept = tuple(n for n in options.methods if torch or not n.startswith(TORCH))
     missing = options.torch and not torch

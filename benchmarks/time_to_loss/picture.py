@@ -31,9 +31,8 @@ def draw(results: Mapping[str, Result], rates: Sequence[str], target: float, pat
     )
     for (curves, bars), rate in zip(panels.T, rates, strict=True):
         for name, r in results.items():
-            seconds = r.rates[rate].step_seconds
             curves.plot(
-                [seconds * step for step, _ in r.validation],
+                [r.rates[rate].seconds_of(step) for step, _ in r.validation],
                 [loss for _, loss in r.validation],
                 linestyle="--" if name.startswith(TORCH) else "-",
                 color=colours[name],

@@ -19,6 +19,8 @@ CLIP = 1.0
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
+ONE_BIT_ADAM = "1-bit Adam"
+"""The one method that is a whole optimiser: one_bit + EF of the momentum, after exact steps."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class Problem:
         mine = slice(worker * rows, (worker + 1) * rows)
         self.train = train[:, mine].astype(np.int32)
         self.valid = valid[:, mine].astype(np.int32)
+
+
+def one_bit_warm_up(steps: int) -> int:
+    """Exact steps of 1-bit Adam in a run of so many: 15 %, as in its paper."""
+    return max(1, round(0.15 * steps))
 
 
 def is_decayed(name: str) -> bool:

@@ -15,24 +15,51 @@ DDP = "torch f32"
 
 
 @dataclass
-class AtRate:
-    """Steps over links of one rate.
+class Phase:
+    """Steps of one kind over links of one rate.
 
     Attributes:
-      seconds: Of each step after the first ones, from the slowest worker's end to the next.
+      first: Number of the step from which a method's steps are of this kind.
+      seconds: Of each step timed, from the slowest worker's end to the next.
       sent_bytes: Per step and worker, the worker that sent most; framing and metrics included.
-      losses: Training loss of each step, those before the timed ones included.
+    """
+
+    first: int
+    seconds: list[float]
+    sent_bytes: float
+
+
+@dataclass
+class AtRate:
+    """A method over links of one rate.
+
+    Attributes:
+      phases: One, or more where a method changes what it sends on the way.
+      losses: Training loss of each step, from the first.
       validation: ``(steps, loss)``, where the whole run went over these links (``--full``).
     """
 
-    seconds: list[float]
-    sent_bytes: float
+    phases: list[Phase]
     losses: list[float]
     validation: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def step_seconds(self) -> float:
-        return statistics.median(self.seconds)
+        """Of a step of the last phase."""
+        return statistics.median(self.phases[-1].seconds)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Of a step of the last phase."""
+        return self.phases[-1].sent_bytes
+
+    def seconds_of(self, steps: float) -> float:
+        """So many steps from the first, each phase's at their median."""
+        total, end = 0.0, steps
+        for phase in reversed(self.phases):
+            total += max(0.0, end - phase.first) * statistics.median(phase.seconds)
+            end = min(end, float(phase.first))
+        return total
 
 
 @dataclass
@@ -67,6 +94,13 @@ class Result:
         """What the exchange adds to a step: encoding and decoding included, overlap taken off."""
         return self.rates[rate].step_seconds - self.compute_seconds
 
+    def exchange_until(self, target: float, rate: str) -> float | None:
+        """Seconds that exchanges add until the target is reached."""
+        steps = self.steps_to(target)
+        if steps is None:
+            return None
+        return self.rates[rate].seconds_of(steps) - steps * self.compute_seconds
+
     def steps_to(self, target: float) -> float | None:
         """Steps to a validation loss, between two validations in proportion; None: not reached."""
         before = None
@@ -80,9 +114,9 @@ class Result:
         return None
 
     def seconds_to(self, target: float, rate: str) -> float | None:
-        """``steps_to(target)`` times the median step over these links."""
+        """``steps_to(target)`` steps over these links."""
         steps = self.steps_to(target)
-        return None if steps is None else steps * self.rates[rate].step_seconds
+        return None if steps is None else self.rates[rate].seconds_of(steps)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +132,10 @@ def load(folder: Path, name: str, task: str) -> Result:
     if file.exists():
         content = json.loads(file.read_text())
         if content["task"] == task:
-            rates = {rate: AtRate(**at) for rate, at in content.pop("rates").items()}
+            rates = {}
+            for rate, at in content.pop("rates").items():
+                phases = [Phase(**phase) for phase in at.pop("phases")]
+                rates[rate] = AtRate(phases, **at)
             return Result(**content, rates=rates)
     return Result(name, task)
 
@@ -146,20 +183,16 @@ def verdicts(results: Mapping[str, Result], target: float, slowest: str) -> list
             )
             lines.append(Verdict(text, base / seconds >= 3))
     for rate in results[ours[0]].rates if ours else ():
-
-        def exchange(result: Result, rate: str = rate) -> float:
-            return (result.steps_to(target) or 0.0) * result.exchange_seconds(rate)
-
-        reach = [r for r in results.values() if r.steps_to(target) is not None]
-        mine = [r for r in reach if r.name in ours and r.name != EXACT]
-        theirs = [r for r in reach if r.name in hooks]
+        spent = {name: r.exchange_until(target, rate) for name, r in results.items()}
+        mine = {n: s for n in ours if n != EXACT and (s := spent[n]) is not None}
+        theirs = {n: s for n in hooks if (s := spent[n]) is not None}
         if mine and theirs:
-            one, other = min(mine, key=exchange), min(theirs, key=exchange)
+            one, other = min(mine, key=mine.__getitem__), min(theirs, key=theirs.__getitem__)
             text = (
-                f"{rate} Mbit/s, exchange alone until {target:g}: {one.name} {exchange(one):.1f} s,"
-                f" DDP's best hook ({other.name.removeprefix(TORCH)}) {exchange(other):.1f} s"
+                f"{rate} Mbit/s, exchange alone until {target:g}: {one} {mine[one]:.1f} s, "
+                f"DDP's best hook ({other.removeprefix(TORCH)}) {theirs[other]:.1f} s"
             )
-            lines.append(Verdict(text, exchange(one) <= exchange(other)))
+            lines.append(Verdict(text, mine[one] <= theirs[other]))
     if EXACT in results:
         exact = results[EXACT].final_loss
         for name in ours:

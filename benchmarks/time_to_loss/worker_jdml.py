@@ -23,12 +23,14 @@ from benchmarks.time_to_loss.problem import (
     BETAS,
     CLIP,
     EPSILON,
+    ONE_BIT_ADAM,
     WEIGHT_DECAY,
     Problem,
     Shape,
     is_decayed,
+    one_bit_warm_up,
 )
-from jdml.aggregate import mean_gradients
+from jdml.aggregate import mean_gradients, one_bit_adam
 from jdml.models import Transformer, TransformerConfig, next_token_loss
 from jdml.sharding import make_mesh, no_mesh, presets
 from jdml.sharding.paths import path_str
@@ -93,6 +95,29 @@ def optimizer(rates: np.ndarray, params: PyTree) -> optax.GradientTransformation
     )
 
 
+def chain(name: str, rates: np.ndarray, params: PyTree) -> optax.GradientTransformation:
+    """What a method does with gradients."""
+    if name == ALONE:
+        return optimizer(rates, params)
+    if name == ONE_BIT_ADAM:
+        table = jnp.asarray(rates)
+        # It decays the norms' scales too, and clips before the exchange: it has no inside to reach.
+        return optax.chain(
+            optax.clip_by_global_norm(CLIP),
+            one_bit_adam(
+                "data",
+                lambda count: table[count],
+                one_bit_warm_up(len(rates)),
+                *BETAS,
+                eps=EPSILON,
+                weight_decay=WEIGHT_DECAY,
+            ),
+        )
+    this = method(name)
+    means = mean_gradients("data", this.content(), this.pattern)
+    return optax.chain(means, optimizer(rates, params))
+
+
 class Worker:
     """A compiled step and its state."""
 
@@ -114,10 +139,7 @@ class Worker:
     def start(self, name: str) -> dict[str, Any]:
         """Back to the initial weights, with this method."""
         if name not in self.made:
-            tx = optimizer(self.problem.rates, self.params)
-            if name != ALONE:
-                this = method(name)
-                tx = optax.chain(mean_gradients("data", this.content(), this.pattern), tx)
+            tx = chain(name, self.problem.rates, self.params)
             self.made[name] = make_step(self.loss_fn, tx, self.mesh, rules=self.rules)
         init, self.step = self.made[name]
         self.state = init(jax.tree.map(jnp.asarray, self.params), 0)

@@ -11,16 +11,23 @@ import pytest
 from benchmarks.namespaces import NamespacesUnavailable
 from benchmarks.time_to_loss import __main__ as benchmark
 from benchmarks.time_to_loss.picture import draw
-from benchmarks.time_to_loss.problem import Problem, Shape, Task, is_decayed, write_problem
-from benchmarks.time_to_loss.results import AtRate, Result, load, verdicts
+from benchmarks.time_to_loss.problem import (
+    ONE_BIT_ADAM,
+    Problem,
+    Shape,
+    Task,
+    is_decayed,
+    write_problem,
+)
+from benchmarks.time_to_loss.results import AtRate, Phase, Result, load, verdicts
 
 TINY = Task(
     shape=Shape(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48),
     num_workers=2,
     batch=2,
     seq_len=16,
-    steps=4,
-    eval_every=2,
+    steps=28,
+    eval_every=14,
     eval_batches=1,
 )
 needs_torch = pytest.mark.skipif(
@@ -45,7 +52,7 @@ def test_the_default_task_is_of_three_million_parameters():
 def test_workers_share_out_the_rows(problem):
     whole = Problem(str(problem), 0, 1)
     parts = [Problem(str(problem), k, 2) for k in range(2)]
-    assert whole.train.shape == (4, 4, 17)
+    assert whole.train.shape == (28, 4, 17)
     np.testing.assert_array_equal(np.concatenate([p.train for p in parts], axis=1), whole.train)
     np.testing.assert_array_equal(np.concatenate([p.valid for p in parts], axis=1), whole.valid)
     assert whole.rates[0] == 0
@@ -87,7 +94,7 @@ def test_the_twin_has_the_loss_and_the_gradient_of_the_model(problem):
 
 @pytest.mark.slow
 def test_a_run_in_miniature_is_measured_once(tmp_path, capsys):
-    methods = ("exact", "int8")
+    methods = ("exact", "int8", ONE_BIT_ADAM)
     if importlib.util.find_spec("torch") is not None:
         methods += ("torch f32",)
     options = benchmark.Options(
@@ -106,8 +113,9 @@ def test_a_run_in_miniature_is_measured_once(tmp_path, capsys):
         pytest.skip(f"no network namespaces on this machine: {reason}")
     for result in results.values():
         assert len(result.losses) == TINY.steps
-        assert [step for step, _ in result.validation] == [0, 2, 4]
-        assert len(result.rates["100"].seconds) == 1
+        assert [step for step, _ in result.validation] == [0, 14, 28]
+        phases = 2 if result.name == ONE_BIT_ADAM else 1
+        assert [len(phase.seconds) for phase in result.rates["100"].phases] == [1] * phases
         assert result.steps_to(10.0) == 0
     if "torch f32" in results:
         np.testing.assert_allclose(results["torch f32"].losses, results["exact"].losses, rtol=1e-4)
@@ -129,7 +137,7 @@ def result(name: str, step_seconds: float, final: float = 1.0, alone: float = 0.
         losses=[4.0, 2.0, 1.0],
         validation=[(0, 5.0), (10, 3.0), (20, final)],
         alone=[alone],
-        rates={"50": AtRate([step_seconds], 1e6, [4.0])},
+        rates={"50": AtRate([Phase(0, [step_seconds], 1e6)], [4.0])},
     )
 
 
@@ -141,6 +149,22 @@ def test_time_to_a_loss_between_two_validations():
     assert one.exchange_seconds("50") == pytest.approx(0.4)
     assert one.steps_to(0.9) is None
     assert one.seconds_to(0.9, "50") is None
+
+
+def test_a_run_too_short_to_be_timed_is_refused(tmp_path):
+    plan = benchmark.Plan(TINY, (50.0,), timed_steps=10, full=False, out=tmp_path)
+    plan.check("exact")
+    with pytest.raises(ValueError, match=r"1-bit Adam: 13 steps from number 0 .* has 4 there"):
+        plan.check(ONE_BIT_ADAM)
+
+
+def test_phases_add_up():
+    at = AtRate([Phase(0, [3.0], 9e6), Phase(30, [0.5, 0.4, 0.6], 1e6)], [])
+    assert at.seconds_of(10) == 30
+    assert at.seconds_of(30) == 90
+    assert at.seconds_of(40) == pytest.approx(95)
+    assert at.step_seconds == 0.5
+    assert at.sent_bytes == 1e6
 
 
 def test_targets():
@@ -172,7 +196,7 @@ def test_results_are_kept_for_their_task_alone(tmp_path):
     one.save(tmp_path)
     (file,) = tmp_path.iterdir()
     assert file.name == "top-1-percent-with-int8-with-EF-all-gather.json"
-    assert json.loads(file.read_text())["rates"]["50"]["seconds"] == [0.5]
+    assert json.loads(file.read_text())["rates"]["50"]["phases"][0]["seconds"] == [0.5]
     again = load(tmp_path, one.name, "task")
     assert again.rates["50"].step_seconds == 0.5
     assert again.steps_to(2.0) == 15
