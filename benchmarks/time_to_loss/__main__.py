@@ -17,7 +17,8 @@ step takes longer, so encoding counts as exchange and what overlaps does not. Ev
 on one thread (``NPROC=1`` for XLA, ``torch.set_num_threads(1)``), four of them on the machine's
 cores.
 
-What was measured is kept in ``--out``, a file per method, and not measured again.
+What was measured is kept in ``--out``, a file per method, and not measured again: another
+``--target`` takes seconds.
 """
 
 from __future__ import annotations

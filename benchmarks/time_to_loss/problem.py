@@ -42,15 +42,15 @@ class Task:
 
     shape: Shape = field(default_factory=Shape)
     num_workers: int = 4
-    batch: int = 8
+    batch: int = 4
     """Sequences of one worker in a step."""
     seq_len: int = 128
-    steps: int = 200
+    steps: int = 400
     peak: float = 2e-3
     """Of the learning rate: ten steps of warm-up, then a cosine down to zero."""
-    eval_every: int = 10
+    eval_every: int = 20
     """Steps between validations."""
-    eval_batches: int = 4
+    eval_batches: int = 8
     """Batches of one validation, of batch sequences per worker each."""
     seed: int = 0
 
