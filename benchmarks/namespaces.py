@@ -94,8 +94,8 @@ def linked_workers(
 def shape(workers: Sequence[LinkedWorker], megabits_per_s: float | None) -> None:
     """Sets what each worker may send from now on, in 10^6 bit/s; None lifts the limit.
 
-    A link that was idle sends 64 KiB or 2 ms' worth at full speed, whichever is more: less would
-    slow fast links down, more would be a present to small payloads.
+    A link that was idle sends a burst at full speed: 10 ms' worth, but 64 KiB at least, or packets
+    of that size would be taken apart, and 256 KiB at most, or it would be a present.
     """
     for worker in workers:
         device = ["tc", "-n", worker.namespace, "qdisc"]
@@ -103,7 +103,7 @@ def shape(workers: Sequence[LinkedWorker], megabits_per_s: float | None) -> None
             with contextlib.suppress(subprocess.CalledProcessError):  # there is none
                 _run(*device, "delete", "dev", INTERFACE, "root")
             continue
-        burst = max(64 * 1024, round(megabits_per_s * 1e6 / 8 * 0.002))
+        burst = min(max(64 * 1024, round(megabits_per_s * 1e6 / 8 * 0.010)), 256 * 1024)
         rate = ["tbf", "rate", f"{megabits_per_s}mbit", "burst", f"{burst}b", "latency", "400ms"]
         _run(*device, "replace", "dev", INTERFACE, "root", *rate)
 
