@@ -74,7 +74,8 @@ class Config:
     rank: int = 4
     """Of power_sgd."""
     error_feedback: bool = True
-    """Add what the codec lost in one step to the next (power_sgd does in any case)."""
+    """Add what the codec lost in one step to the next (power_sgd does in any case; terngrad and
+    qsgd, which are right on average, never)."""
     topology: Literal["two_phase", "ring", "tree", "all_gather"] | None = None
     """How the gradients travel; by default all_gather for sparse codecs, two_phase for others."""
     compare: bool = True

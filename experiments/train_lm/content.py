@@ -6,11 +6,18 @@ from jdml.communicate.collectives.checks import Content
 
 BLOCKED = ("int8", "int4", "int2", "fp8", "e3m0", "one_bit", "terngrad", "qsgd")
 SPARSE = ("top_k", "random_k")
+UNBIASED = ("terngrad", "qsgd")
+"""Right on average, but their errors are too large to be fed back."""
 
 
 def content(config: Config) -> Content:
     """The codec of ``--codec`` with its options."""
     name = config.codec
+    if config.block is not None and name not in BLOCKED:
+        raise ValueError(
+            f"--block {config.block}: {name} has no blocks; leave it out, or take one of "
+            f"{', '.join(BLOCKED)}."
+        )
     if name == "none":
         return None
     if name == "power_sgd":
@@ -20,9 +27,9 @@ def content(config: Config) -> Content:
         # Small models have small buckets; int8 values halve what is sent.
         codec = make(config.fraction, values=codecs.int8())
     else:
-        options = {"block": config.block} if name in BLOCKED and config.block is not None else {}
+        options = {} if config.block is None else {"block": config.block}
         codec = make(**({"levels": config.levels} if name == "qsgd" else {}), **options)
-    return error_feedback(codec) if config.error_feedback else codec
+    return error_feedback(codec) if _feeds_back(config) else codec
 
 
 def topology(config: Config) -> str:
@@ -38,6 +45,10 @@ def run_name(config: Config) -> str:
         **dict.fromkeys(SPARSE, config.fraction),
     }.get(config.codec, 256 if config.codec == "int8" and config.block is None else config.block)
     parts = [config.codec] if number is None else [config.codec, str(number)]
-    if config.error_feedback and config.codec != "power_sgd":
+    if _feeds_back(config):
         parts.append("ef")
     return "-".join(parts)
+
+
+def _feeds_back(config: Config) -> bool:
+    return config.error_feedback and config.codec not in (*UNBIASED, "power_sgd", "none")

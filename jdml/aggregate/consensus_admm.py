@@ -12,6 +12,7 @@ from jdml.communicate import Wire
 from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
+from jdml.communicate.frequency import check_every
 
 PyTree = Any
 
@@ -232,10 +233,7 @@ def _check(
 ) -> None:
     if not (math.isfinite(rho) and rho > 0):
         raise ValueError(f"consensus_admm(rho={rho!r}): expected a finite penalty > 0.")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(
-            f"consensus_admm(every={every!r}): expected an int >= 1, the inner steps of a round."
-        )
+    check_every("consensus_admm", every, schedules=False)
     if not 0 < over_relaxation < 2:
         raise ValueError(
             f"consensus_admm(over_relaxation={over_relaxation!r}): expected 0 < a < 2; 1 is plain "

@@ -11,6 +11,7 @@ from jdml.communicate import Wire
 from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
+from jdml.communicate.frequency import check_every
 
 PyTree = Any
 
@@ -63,10 +64,7 @@ def elastic_average(
 
     Reference: Zhang, Choromanska & LeCun, "Deep Learning with Elastic Averaging SGD", 2015.
     """
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(
-            f"elastic_average(every={every!r}): expected an int >= 1, the steps between exchanges."
-        )
+    check_every("elastic_average", every, schedules=False)
     if not (math.isfinite(alpha) and 0 < alpha < 1):
         raise ValueError(
             f"elastic_average(alpha={alpha!r}): expected 0 < alpha < 1, such as 0.9 / K."

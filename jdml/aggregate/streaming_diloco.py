@@ -214,9 +214,7 @@ def _joined(like: PyTree, ids: list[int], parts: tuple[PyTree, ...]) -> PyTree:
 
 
 def _check(every: int, num_fragments: int, delay: int, mixing: float) -> None:
-    check_every("streaming_diloco", every)
-    if callable(every):
-        raise ValueError("streaming_diloco: every must be an int; rounds of fragments interleave.")
+    check_every("streaming_diloco", every, schedules=False)
     if not isinstance(num_fragments, int) or not 1 <= num_fragments <= every:
         raise ValueError(
             f"streaming_diloco(num_fragments={num_fragments!r}): expected 1 <= P <= every={every}."

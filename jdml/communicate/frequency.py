@@ -12,14 +12,18 @@ Every = int | Callable[[jax.Array], jax.Array]
 """Steps between exchanges: a number, or a function of the number of steps taken."""
 
 
-def check_every(name: str, every: Every) -> None:
-    """Raises unless ``every`` is an int >= 1 or a function; ``name`` is for the message."""
-    if callable(every):
+def check_every(name: str, every: Every, *, schedules: bool = True) -> None:
+    """Raises unless ``every`` is an int >= 1 or, with ``schedules``, a function.
+
+    ``name`` is the caller's, for the message.
+    """
+    if schedules and callable(every):
         return
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(
             f"{name}(every={every!r}): expected an int >= 1, the number of local steps between "
-            "exchanges (1: after every step), or a function of the steps taken that gives it."
+            "exchanges (1: after every step)"
+            + (", or a function of the steps taken that gives it." if schedules else ".")
         )
 
 
