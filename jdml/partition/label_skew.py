@@ -58,7 +58,7 @@ def label_skew(
             samples = random.permutation(np.flatnonzero(labels == label))
             owner[samples] = _owners(len(samples), num_workers, alpha, random)
         counts = np.bincount(owner, minlength=num_workers)
-        if counts.min() >= min_samples:
+        if np.min(counts) >= min_samples:
             return [np.flatnonzero(owner == k) for k in range(num_workers)]
     raise ValueError(
         f"label_skew: in {_TRIES} draws with alpha={alpha} there was always a worker of "

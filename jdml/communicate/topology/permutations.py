@@ -40,7 +40,7 @@ def decompose(matrix: Matrix, shape: tuple[int, ...]) -> tuple[Permutation, ...]
     edges = list(zip(sources.tolist(), targets.tolist(), strict=True))
     if not edges:
         return ()
-    degree = int(max(np.bincount(sources).max(), np.bincount(targets).max()))
+    degree = int(max(np.max(np.bincount(sources)), np.max(np.bincount(targets))))
     groups: dict[tuple[int, ...], list[Edge]] = {}
     shifts = _shifts(sources, targets, shape)
     for edge, shift in zip(edges, shifts, strict=True):
