@@ -178,17 +178,16 @@ def test_targets():
             result("torch bf16", 1.5),
         )
     }
-    met = {str(verdict).split(":")[0]: verdict.met for verdict in verdicts(results, 2.0, "50")}
-    assert met == {
-        "50 Mbit/s, whole time to 2": True,  # 3 / 0.4
-        "50 Mbit/s, exchange alone until 2": True,
-        "final validation loss of int8": True,
-        "final validation loss of int4": False,
-    }
-    slow = results | {"int8": result("int8", 2.0), "int4": result("int4", 2.0)}
-    met = {str(verdict).split(":")[0]: verdict.met for verdict in verdicts(slow, 2.0, "50")}
-    assert not met["50 Mbit/s, whole time to 2"]
-    assert not met["50 Mbit/s, exchange alone until 2"]
+    lines = verdicts(results, 2.0, "50")
+    assert all(line.met for line in lines)
+    assert "int8: +0.50 % of exact" in str(lines[0])  # int4 is faster, and 2 % off
+    assert "6.0 times faster" in str(lines[1])  # 3 / 0.5
+    assert "int8 6.0 s" in str(lines[2])
+    slow = results | {"int8": result("int8", 2.0)}
+    assert [line.met for line in verdicts(slow, 2.0, "50")] == [True, False, False]
+    none_near = results | {"int8": result("int8", 0.5, final=1.02)}
+    (line,) = verdicts(none_near, 2.0, "50")
+    assert not line.met
 
 
 def test_results_are_kept_for_their_task_alone(tmp_path):
