@@ -14,6 +14,7 @@ from jdml.communicate.topology import (
     exponential,
     from_edges,
     one_peer_exponential,
+    random_pairs,
     ring,
     torus,
 )
@@ -46,6 +47,7 @@ MIXING = {
     "torus": lambda: gossip("data", torus(2, 4)),
     "exponential": lambda: gossip("data", exponential, order="adapt_then_combine"),
     "one peer": lambda: gossip("data", one_peer_exponential),
+    "random pairs": lambda: gossip("data", random_pairs(K, 4, 0)),
     "ring int8": lambda: gossip("data", ring, codec=int8(8)),
     "choco int8": lambda: choco("data", ring, int8(8), 0.8),
     "choco top-k": lambda: choco("data", ring, top_k(0.1), 0.2),
@@ -97,6 +99,22 @@ def test_the_complete_graph_is_an_all_reduce():
 def test_one_peer_exponential_is_the_mean_after_a_period():
     targets, history, _ = run(gossip("data", one_peer_exponential), 5)
     np.testing.assert_allclose(history[3], np.tile(targets.mean(0), (K, 1)), atol=1e-6)
+
+
+def test_pairs_that_meet_agree_at_once():
+    """Gossip over random pairs is the product of its rounds; push-sum's weights stay 1 there."""
+    graph = random_pairs(K, 4, 1)
+    targets, gossiped, _ = run(gossip("data", graph), 6)
+    _, pushed, state = run(push_sum("data", graph), 5)
+    expected = targets.astype(float)
+    for t in range(1, 6):  # in the first step the models are still equal when they are mixed
+        expected = graph.at(t) @ expected
+        np.testing.assert_allclose(gossiped[t], expected, atol=1e-6)
+    expected = targets.astype(float)
+    for t in range(5):
+        expected = graph.at(t) @ expected
+        np.testing.assert_allclose(pushed[t], expected, atol=1e-6)
+    np.testing.assert_array_equal(state.opt_state[1].weight, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from jdml.communicate.topology.graphs import complete as complete
 from jdml.communicate.topology.graphs import exponential as exponential
 from jdml.communicate.topology.graphs import from_edges as from_edges
 from jdml.communicate.topology.graphs import one_peer_exponential as one_peer_exponential
+from jdml.communicate.topology.graphs import random_pairs as random_pairs
 from jdml.communicate.topology.graphs import random_regular as random_regular
 from jdml.communicate.topology.graphs import ring as ring
 from jdml.communicate.topology.graphs import star as star

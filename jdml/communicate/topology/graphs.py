@@ -117,8 +117,7 @@ def random_regular(n: int, degree: int, seed: int) -> Graph:
             f"{name}: {n} workers cannot all have {degree!r} neighbours and be connected; expected "
             f"{least} <= degree <= {n - 1} with n * degree even."
         )
-    if not _is_int(seed) or not 0 <= seed < 2**64:
-        raise ValueError(f"{name}: expected an int seed in 0 .. 2**64 - 1.")
+    _check_seed(name, seed)
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, degree], np.uint64)))
     # A dense graph is drawn as the one that it lacks, which is easier.
     lacks = n - 1 - degree
@@ -129,6 +128,46 @@ def random_regular(n: int, degree: int, seed: int) -> Graph:
         if _connected(n, edges):
             return _metropolis(n, sorted(edges), name)
     raise ValueError(f"{name}: 1000 draws gave no connected graph; take a greater degree.")
+
+
+def random_pairs(n: int, period: int, seed: int) -> Graph:
+    """Randomised gossip: in every round the workers meet in random pairs; 1 payload a round.
+
+    ``W(t) = (I + P_t) / 2``, where ``P_t`` swaps the two of each pair: a uniform perfect matching,
+    and for odd n one worker, each as likely, that rests. ``period`` rounds are drawn, and repeat:
+    each is one branch of the compiled program. A draw whose pairs leave the workers in parts is
+    drawn again. Equal seeds give equal graphs.
+
+    ``W(t)`` is a projection, so that ``E[W^T W] = E[W]``, whose eigenvalues besides 1 are all
+    ``lambda``. A round of fresh pairs therefore leaves, of the sum of squared differences from the
+    mean, on average exactly ``lambda = (n - 2) / (2 (n - 1))`` for even n, 1/2 for odd n > 1,
+    whatever the workers hold. Boyd's algorithm, in which one pair at a time wakes up, leaves
+    ``1 - 1 / (n - 1)`` after one pair. (:func:`one_peer_exponential` sends as much and is the exact
+    mean after ``log2 n`` rounds, for n a power of two; pairs need no order among the workers, and
+    both ends of an edge send.)
+
+    Raises:
+      ValueError: ``period`` is below 1, or too short for its pairs to connect the workers: 2 rounds
+        or more for n > 2.
+
+    Reference: Boyd, Ghosh, Prabhakar & Shah, "Randomized Gossip Algorithms", IEEE Transactions on
+    Information Theory 52(6), 2006 (section II: ``E[W^T W]`` rules the speed).
+    """
+    _check_size("random_pairs", n)
+    name = f"random_pairs({n}, {period}, {seed})"
+    if not _is_int(period) or period < 1:
+        raise ValueError(f"{name}: expected period to be an int >= 1, a number of rounds.")
+    _check_seed(name, seed)
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, period], np.uint64)))
+    for _ in range(1000 if n <= 2 or period > 1 else 0):
+        orders = [rng.permutation(n).tolist() for _ in range(period)]
+        rounds = [list(zip(order[0::2], order[1::2], strict=False)) for order in orders]
+        if _connected(n, {_ascending(i, j) for pairs in rounds for i, j in pairs}):
+            return Graph([_meeting(n, pairs) for pairs in rounds], name=name)
+    raise ValueError(
+        f"{name}: the pairs of {period} rounds do not connect {n} workers, in 1000 draws. Take a "
+        "longer period."
+    )
 
 
 def from_edges(
@@ -193,6 +232,14 @@ def _pushing(n: int, edges: Sequence[Edge], name: str) -> Graph:
     return Graph([_with_own(matrix / (1 + matrix.sum(axis=0)))], directed=True, name=name)
 
 
+def _meeting(n: int, pairs: Sequence[Edge]) -> Matrix:
+    """The two of each pair share equally; who is in none keeps what it has."""
+    matrix = np.eye(n)
+    for i, j in pairs:
+        matrix[[i, i, j, j], [i, j, i, j]] = 1 / 2
+    return matrix
+
+
 def _with_own(matrix: Matrix) -> Matrix:
     """The diagonal filled up so that every column sums to 1."""
     return matrix + np.diag(1 - matrix.sum(axis=0))
@@ -245,6 +292,11 @@ def _is_int(x: Any) -> bool:
 def _check_size(factory: str, n: Any, name: str = "n") -> None:
     if not _is_int(n) or n < 1:
         raise ValueError(f"{factory}: {name}={n!r}; expected an int >= 1, a number of workers.")
+
+
+def _check_seed(name: str, seed: Any) -> None:
+    if not _is_int(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"{name}: expected an int seed in 0 .. 2**64 - 1.")
 
 
 def _checked_edges(n: int, edges: Sequence[Edge], directed: bool, name: str) -> list[Edge]:

@@ -9,6 +9,7 @@ from jdml.communicate.topology import (
     exponential,
     from_edges,
     one_peer_exponential,
+    random_pairs,
     random_regular,
     ring,
     star,
@@ -25,8 +26,10 @@ EACH_SIZE = {
     "torus 2": lambda n: torus(2, n),
     "torus 3": lambda n: torus(n, 3),
     "random_regular 2": lambda n: random_regular(n, min(2, n - 1), 0),
+    "random_pairs": lambda n: random_pairs(n, 6, 0),
 }
-UNDIRECTED = [name for name in EACH_SIZE if "exponential" not in name]
+SYMMETRIC = [name for name in EACH_SIZE if "exponential" not in name]
+UNDIRECTED = [name for name in SYMMETRIC if name != "random_pairs"]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -42,7 +45,7 @@ def test_every_graph_mixes_and_keeps_the_mean(name, n):
         np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
         assert (np.diag(matrix) > 0).all()
     assert graph.doubly_stochastic
-    assert graph.symmetric >= (name in UNDIRECTED)
+    assert graph.symmetric >= (name in SYMMETRIC)
     assert 0 < graph.spectral_gap <= 1 + 1e-12
 
 
@@ -146,6 +149,75 @@ def test_random_regular_graphs(n, degree):
     assert len(others) == (1 if degree == n - 1 else 4)
 
 
+def matchings(workers):
+    """All ways of pairing the workers, one of them left over if they are odd."""
+    if len(workers) < 2:
+        return [[]]
+    found = [[(workers[0], other), *rest] for other in workers[1:]
+             for rest in matchings([w for w in workers[1:] if w != other])]  # fmt: skip
+    if len(workers) % 2:
+        found += matchings(workers[1:])
+    return found
+
+
+@pytest.mark.parametrize(("n", "count"), [(2, 1), (3, 3), (4, 3), (5, 15), (6, 15), (7, 105)])
+def test_random_pairs_contract_as_stated_on_average(n, count):
+    """``E[W^T W]`` over all matchings by hand, and over those that were drawn."""
+    every = {tuple(m): np.eye(n) for m in matchings(list(range(n)))}
+    assert len(every) == count
+    for pairs, w in every.items():
+        for i, j in pairs:
+            w[np.ix_((i, j), (i, j))] = 0.5
+        np.testing.assert_array_equal(w.T @ w, w)  # a projection
+    expected = sum(w.T @ w for w in every.values()) / count
+    factor = (n - 2) / (2 * (n - 1)) if n % 2 == 0 else 1 / 2
+    mean = np.full((n, n), 1 / n)
+    np.testing.assert_allclose(expected, mean + factor * (np.eye(n) - mean), atol=1e-12)
+
+    rounds = 200 * count
+    graph = random_pairs(n, rounds, 1)
+    drawn = {pairs: 0 for pairs in every}
+    for w in graph.matrices:
+        upper = np.argwhere(np.triu(w, 1))
+        drawn[tuple((int(i), int(j)) for i, j in upper)] += 1
+    # Each matching is as likely: 200 times, with a standard deviation of at most 14.2.
+    assert max(abs(times - 200) for times in drawn.values()) < 5 * 14.2
+    empirical = sum(w.T @ w for w in graph.matrices) / rounds
+    second = np.linalg.eigvalsh(empirical)[-2]
+    assert factor - 1e-12 <= second < factor + 3 / np.sqrt(rounds)
+
+
+@pytest.mark.parametrize("n", [7, 16])
+def test_random_pairs_take_so_many_rounds(n):
+    """From round to round the squared distance shrinks by that factor, on average over rounds."""
+    factor = (n - 2) / (2 * (n - 1)) if n % 2 == 0 else 1 / 2
+    ratios = []
+    for seed in range(40):
+        graph = random_pairs(n, 5, seed)
+        x = np.random.default_rng(seed).normal(size=(n, 200))
+        for step in range(graph.period):
+            apart = np.sum((x - x.mean(0)) ** 2)
+            x = graph.at(step) @ x
+            ratios.append(np.sum((x - x.mean(0)) ** 2) / apart)
+    np.testing.assert_allclose(
+        np.mean(ratios), factor, atol=5 * np.std(ratios) / len(ratios) ** 0.5
+    )
+
+
+def test_random_pairs_are_drawn_by_the_seed_and_connect():
+    for n in range(2, 12):
+        for period in range(1 if n == 2 else 2, 5):
+            graph = random_pairs(n, period, 3)
+            assert graph.period == period
+            assert graph == random_pairs(n, period, 3)
+            for permutations in graph.permutations:  # one message, both ways
+                (only,) = permutations
+                assert len(only.pairs) == 2 * (n // 2)
+                assert set(only.pairs) == {(j, i) for i, j in only.pairs}
+    assert len({random_pairs(8, 4, seed) for seed in range(5)}) == 5
+    assert random_pairs(1, 3, 0).permutations == ((), (), ())
+
+
 def edges_of(permutations):
     return sorted(pair for p in permutations for pair in p.pairs)
 
@@ -243,6 +315,10 @@ PULL = np.array([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])  # rows sum
         (lambda: random_regular(4, 4, 0), r"2 <= degree <= 3"),
         (lambda: random_regular(6, 1, 0), r"2 <= degree"),
         (lambda: random_regular(6, 2, -1), "seed in 0"),
+        (lambda: random_pairs(0, 2, 0), "random_pairs: n=0"),
+        (lambda: random_pairs(4, 0, 0), r"random_pairs\(4, 0, 0\): .*period to be an int >= 1"),
+        (lambda: random_pairs(4, 1, 0), "1 rounds do not connect 4 workers.*longer period"),
+        (lambda: random_pairs(4, 2, -1), "seed in 0"),
         (lambda: from_edges(4, [(0, 1), (2, 3)]), r"2 components .*\{0, 1\}; \{2, 3\}"),
         (lambda: from_edges(3, []), r"3 components .*\{0\}; \{1\}; \{2\}"),
         (

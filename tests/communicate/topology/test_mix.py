@@ -18,6 +18,7 @@ from jdml.communicate.topology import (
     mix,
     neighbour_sum,
     one_peer_exponential,
+    random_pairs,
     random_regular,
     ring,
     star,
@@ -35,6 +36,7 @@ GRAPHS = {
         8, [(i, (i + 1) % 8) for i in range(8)] + [(0, 3), (0, 5), (2, 7)], directed=True
     ),
     "one-peer": one_peer_exponential(8),
+    "pairs of 7": random_pairs(7, 3, 0),
     "ring of 5": ring(5),
     "pair": ring(2),
     "alone": ring(1),

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jdml.communicate.codecs import int8
-from jdml.communicate.topology import mix, one_peer_exponential, ring, torus
+from jdml.communicate.topology import mix, one_peer_exponential, random_pairs, ring, torus
 from jdml.sharding import collectives, make_mesh
 
 pytestmark = [
@@ -21,7 +21,11 @@ SIZES = (1 << 15, 100)  # below 64 KiB of payload, where nothing is filled up
 
 
 @pytest.mark.parametrize("codec", [None, int8()])
-@pytest.mark.parametrize("graph", [ring(8), torus(2, 4), one_peer_exponential(8)], ids=repr)
+@pytest.mark.parametrize(
+    "graph",
+    [ring(8), torus(2, 4), one_peer_exponential(8), random_pairs(8, 2, 0)],
+    ids=repr,
+)
 def test_one_permute_per_neighbour_beside_other_work(graph, codec):
     from jax.experimental import topologies
 
