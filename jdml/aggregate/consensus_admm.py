@@ -23,7 +23,7 @@ class ConsensusADMMState(NamedTuple):
     Attributes:
       steps: int32, local steps taken.
       z: The agreed model, the same on every worker.
-      dual: f32, scaled dual variable u, per worker.
+      dual: Scaled dual variable u, per worker; f32, or f64 beside parameters that are.
       inner: State of the inner optimiser, per worker.
       rho: f32, the penalty as it stands; the same on every worker.
       residual: What the exchange keeps; ``()`` if nothing.
@@ -74,7 +74,7 @@ def consensus_admm(
       prox: Proximal operator of g (``prox_l1(...)``, ``prox_l2(...)``, …); ``None``: g = 0.
       over_relaxation: a, in (0, 2); 1.5 to 1.8 often saves rounds.
       adaptive: Doubles rho when the primal residual is over 10 times the dual one, halves it in the
-        opposite case, and rescales ``u``.
+        opposite case, and rescales ``u``; not once both are within their tolerances.
       restart_inner: Whether the inner optimiser starts each round afresh.
       absolute_tolerance: Of both residuals, per element.
       relative_tolerance: Of both residuals, relative to the iterates' norms.
@@ -101,7 +101,7 @@ def consensus_admm(
         return ConsensusADMMState(
             steps=jnp.zeros((), jnp.int32),
             z=jax.tree.map(jnp.copy, params),  # the parameters' own buffers are donated
-            dual=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params),
+            dual=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params),
             inner=inner.init(params),
             rho=jnp.asarray(rho, jnp.float32),
             residual=init_exchange(codec, params),
@@ -141,7 +141,7 @@ def consensus_admm(
             )
             # What is exchanged is small near the end, so that a codec's error is, too.
             distance = jax.tree.map(
-                lambda v, u, z: v.astype(jnp.float32) + u - z, relaxed, state.dual, state.z
+                lambda v, u, z: v.astype(u.dtype) + u - z, relaxed, state.dual, state.z
             )
             mean, residual = exchange_mean(distance, state.residual, axis, codec, topology, wire)
             num_workers = jax.lax.axis_size(axis)
@@ -157,6 +157,8 @@ def consensus_admm(
             if adaptive:
                 primal, gap = metrics["admm_primal"], metrics["admm_dual"]
                 factor = jnp.where(primal > 10 * gap, 2.0, jnp.where(gap > 10 * primal, 0.5, 1.0))
+                # At the end residuals are rounding errors, or 0: their ratio would drive rho off.
+                factor = jnp.where(metrics["admm_converged"] > 0, 1.0, factor)
                 new_rho = state.rho * factor
                 dual = jax.tree.map(lambda u: u / factor, dual)
             metrics["admm_rho"] = new_rho
@@ -207,11 +209,11 @@ def _residuals(
             start=jnp.zeros((), jnp.float32),
         )
 
-    apart = jax.tree.map(lambda x, z: x.astype(jnp.float32) - z, x, z)
+    apart = jax.tree.map(lambda x, z: x.astype(_wide(x)) - z, x, z)
     # One all-reduce of three numbers.
     totals = jax.lax.psum(jnp.stack([squares(apart), squares(x), squares(dual)]), axis)
     primal, norm_x, norm_u = jnp.sqrt(totals)
-    moved = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b, z, z_old)
+    moved = jax.tree.map(lambda a, b: a.astype(_wide(a)) - b, z, z_old)
     root_k = math.sqrt(num_workers)
     dual_residual = rho * root_k * jnp.sqrt(squares(moved))
     size = sum(leaf.size for leaf in jax.tree.leaves(z))
@@ -226,6 +228,11 @@ def _residuals(
         "admm_dual_tolerance": dual_tolerance,
         "admm_converged": converged.astype(jnp.float32),
     }
+
+
+def _wide(x: jax.Array) -> Any:
+    """f32, or the dtype itself where that is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _check(

@@ -33,12 +33,12 @@ def loss_fn(params, batch, key):
     return 0.5 * jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2), {}
 
 
-def solve(problem, num_rounds=60, every=20, **options):
+def solve(problem, num_rounds=60, every=20, inner=None, **options):
     x, y = problem
     mesh = make_mesh({"data": K}, devices=jax.devices()[:K])
-    tx = consensus_admm(optax.sgd(0.2), "data", every=every, **options)
+    tx = consensus_admm(inner or optax.sgd(0.2), "data", every=every, **options)
     init, step = make_step(loss_fn, tx, mesh)
-    state = init({"w": jnp.zeros(D)}, 0)
+    state = init({"w": jnp.zeros(D, x.dtype)}, 0)
     for _ in range(num_rounds * every):
         state, metrics = step(state, {"x": x, "y": y})
     return state, metrics
@@ -60,6 +60,31 @@ def test_ridge_reaches_the_closed_form(problem, options):
     assert float(state.opt_state.metrics["admm_converged"]) == 1
     if "adaptive" in options:
         assert float(state.opt_state.rho) > 0.02
+
+
+def test_rho_rests_once_both_residuals_are_within_their_tolerances(problem):
+    """z = 0 from the start to the end, so the dual residual is 0 and rho would grow for ever."""
+    options = {"adaptive": True, "prox": prox_l1(1e3), "absolute_tolerance": 1e-2}
+    early, _ = solve(problem, num_rounds=20, inner=optax.sgd(0.05), **options)
+    late, _ = solve(problem, num_rounds=25, inner=optax.sgd(0.05), **options)
+    assert float(early.opt_state.metrics["admm_converged"]) == 1
+    assert 1 < float(early.opt_state.rho) < 40
+    assert float(late.opt_state.rho) == float(early.opt_state.rho)
+    np.testing.assert_array_equal(late.opt_state.z["w"], 0)
+
+
+def test_parameters_in_f64_with_l_bfgs_inside(problem):
+    """What is exchanged is f32, but it is a distance: rounding shrinks with the dual variables."""
+    with jax.enable_x64(True):
+        x, y = (a.astype(np.float64) for a in problem)
+        inner = optax.lbfgs(1.0, linesearch=None)
+        options = {"num_rounds": 40, "every": 8, "restart_inner": True, "prox": prox_l2(0.4)}
+        state, _ = solve((x, y), inner=inner, **options)
+        assert state.opt_state.dual["w"].dtype == state.opt_state.z["w"].dtype == jnp.float64
+        a, b = quadratic((x, y))
+        np.testing.assert_allclose(
+            state.opt_state.z["w"], np.linalg.solve(a + 0.4 * np.eye(D), b), atol=1e-8
+        )
 
 
 def test_lasso_satisfies_its_optimality_condition(problem):
