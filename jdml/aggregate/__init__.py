@@ -25,6 +25,8 @@ from jdml.aggregate.mean_gradients import MeanGradientsState as MeanGradientsSta
 from jdml.aggregate.mean_gradients import mean_gradients as mean_gradients
 from jdml.aggregate.one_bit_adam import OneBitAdamState as OneBitAdamState
 from jdml.aggregate.one_bit_adam import one_bit_adam as one_bit_adam
+from jdml.aggregate.parameter_server import ParameterServerState as ParameterServerState
+from jdml.aggregate.parameter_server import parameter_server as parameter_server
 from jdml.aggregate.proximal import prox_box as prox_box
 from jdml.aggregate.proximal import prox_elastic_net as prox_elastic_net
 from jdml.aggregate.proximal import prox_l1 as prox_l1

@@ -3,8 +3,9 @@
 Optax does not say which leaf of a state belongs to which parameter. Its key path does: a state
 that maps over the parameters keeps their paths as suffixes of its own (``1/mu/layers/0/kernel``).
 The longest suffix that is a parameter's path names the parameter; then its shape says the spec:
-the parameter's own; less the entry of the dim that is gone, for factored moments; with whole dims
-in front, for a history of several steps. What fits none of these stays whole.
+the parameter's own, also for a slice of it, one dim of which is shorter; less the entry of the dim
+that is gone, for factored moments; with whole dims in front, for a history of several steps. What
+fits none of these stays whole.
 
 ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) divides over the data axis what plain data
 parallelism keeps N times: with ``zero=1`` the optimiser state, with ``zero=2`` the gradients too.
@@ -42,7 +43,7 @@ def optimizer_specs(
       params: the parameters (or their shapes) that it was made from.
       param_specs: their specs.
       zero: 0 for the parameters' layout; 1 or 2 to divide the state over ``axis`` as well.
-      mesh: needed for ``zero``.
+      mesh: needed for ``zero``, and to lay out slices of parameters, whose dims it must divide.
       axis: the axis over which the parameters are replicated.
       on_indivisible: for ``zero``, what becomes of a parameter with no dim left that ``axis``
         divides: ``"replicate"`` (logged) or ``"error"``.
@@ -50,7 +51,7 @@ def optimizer_specs(
     if zero:
         param_specs = zero_specs(params, param_specs, mesh, axis, on_indivisible)
     _check_zero(zero)
-    return specs_like(opt_state, params, param_specs)
+    return specs_like(opt_state, params, param_specs, mesh=mesh)
 
 
 def gradient_specs(
@@ -97,11 +98,16 @@ def zero_specs(
 
 
 def specs_like(
-    tree: PyTree, params: PyTree, param_specs: PyTree, unmatched: Any = _WHOLE
+    tree: PyTree,
+    params: PyTree,
+    param_specs: PyTree,
+    unmatched: Any = _WHOLE,
+    mesh: AnyMesh | None = None,
 ) -> PyTree:
     """Specs for a tree whose leaves mirror parameters, found by path suffix and shape.
 
-    ``unmatched`` is given to leaves whose path ends in no parameter's.
+    ``unmatched`` is given to leaves whose path ends in no parameter's. Without ``mesh``, slices of
+    parameters stay whole.
     """
     params, tree = as_pytree(params), as_pytree(tree)
     known = {
@@ -116,12 +122,12 @@ def specs_like(
         parts = tuple(path.split("/"))
         suffixes = (parts[start:] for start in range(len(parts)))
         match = next((known[suffix] for suffix in suffixes if suffix in known), root)
-        found.append(unmatched if match is None else _like(shape_of(leaf), *match))
+        found.append(unmatched if match is None else _like(shape_of(leaf), *match, mesh))
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
-def _like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P) -> P:
-    if shape == param_shape:
+def _like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: AnyMesh | None) -> P:
+    if shape == param_shape or (mesh is not None and _is_slice(shape, param_shape, spec, mesh)):
         return spec
     entries = tuple(spec) + (None,) * (len(param_shape) - len(spec))
     extra = len(shape) - len(param_shape)
@@ -134,6 +140,20 @@ def _like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P) -> P:
         if param_shape[:dim] + param_shape[dim + 1 :] == shape
     }
     return P(*fits.pop()) if len(fits) == 1 else P()
+
+
+def _is_slice(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: AnyMesh) -> bool:
+    """Whether one dim is a whole part of the parameter's, and the spec still divides all."""
+    if len(shape) != len(param_shape):
+        return False
+    shorter = [n for n, size in zip(param_shape, shape, strict=True) if size != n]
+    parts = [num_parts(entry, mesh) for entry in spec]
+    return (
+        len(shorter) == 1
+        and 0 not in shape
+        and all(n % size == 0 for n, size in zip(param_shape, shape, strict=True))
+        and all(size % n == 0 for size, n in zip(shape, parts, strict=False))
+    )
 
 
 def _divide(

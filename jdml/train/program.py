@@ -85,7 +85,7 @@ class StepProgram:
         state_specs = TrainState(
             step=PartitionSpec(),
             params=self.param_specs,
-            opt_state=optimizer_specs(opt_state, shapes, self.param_specs),
+            opt_state=optimizer_specs(opt_state, shapes, self.param_specs, mesh=self.mesh),
             model_state=jax.tree.map(lambda _: PartitionSpec(), model_state),
             key=PartitionSpec(),
         )

@@ -22,6 +22,7 @@ from jdml.aggregate import (
     gossip,
     mean_gradients,
     one_bit_adam,
+    parameter_server,
     prox_l2,
     push_sum,
     streaming_diloco,
@@ -201,6 +202,28 @@ def streaming(every: int, num_fragments: int, delay: int, mixing: float, outer: 
     return reference
 
 
+def downpour(push_every: int, pull_every: int, rate: float):
+    """Accrued gradients to the server now and then; plain SGD of one's own between pulls."""
+
+    def reference(gradient, inner, params, num_workers, num_steps):
+        server, state = params, inner.init(params)
+        models = [params] * num_workers
+        accrued = scaled(0.0)(params)
+        for t in range(1, num_steps + 1):
+            g = [gradient(x, t - 1, k) for k, x in enumerate(models)]
+            models = [subtract(x, scaled(rate)(y)) for x, y in zip(models, g, strict=True)]
+            accrued = jax.tree.map(jnp.add, accrued, mean(g))
+            if t % push_every == 0:
+                updates, state = inner.update(accrued, state, server)
+                server = optax.apply_updates(server, updates)
+                accrued = scaled(0.0)(params)
+            if t % pull_every == 0:
+                models = [server] * num_workers
+        return models
+
+    return reference
+
+
 def mixed(weights: Any, trees: list[Any]) -> list[Any]:
     """``x_i <- sum_j W_ij x_j``."""
     return [
@@ -363,6 +386,17 @@ METHODS = {
             ),
         ),
         streaming(3, 2, 1, 0.5, nesterov()),
+        lone_worker_is_inner=False,
+    ),
+    "parameter_server": Method(lambda inner: parameter_server(inner, "data"), synchronous),
+    "parameter_server int8 with error feedback": Method(
+        lambda inner: parameter_server(inner, "data", FEEDBACK, FEEDBACK), synchronous, 2e-2
+    ),
+    "parameter_server, Downpour": Method(
+        lambda inner: parameter_server(
+            inner, "data", push_every=2, pull_every=3, local=optax.sgd(0.05)
+        ),
+        downpour(2, 3, 0.05),
         lone_worker_is_inner=False,
     ),
     "gossip": Method(lambda inner: optax.chain(inner, gossip("data", ring)), gossiping(ring)),
