@@ -1,0 +1,469 @@
+"""The server: parameters that workers pull and push at their own pace.
+
+One object for every backend. It never computes a gradient and never sleeps but in :meth:`pull` and
+:meth:`barrier`; :meth:`try_pull` is for callers that may not wait (virtual time).
+"""
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jdml.communicate.pace.barrier import Barriers
+from jdml.communicate.pace.errors import Closed, Evicted, StaleTimeout
+from jdml.communicate.pace.members import Member, Pulled
+from jdml.communicate.pace.messages import (
+    Ack,
+    Applied,
+    Arrival,
+    MemberInfo,
+    Registration,
+    Snapshot,
+    Traffic,
+)
+from jdml.communicate.pace.model import Model
+from jdml.communicate.pace.payload import Format, Parcel, Sender, split_content
+from jdml.communicate.pace.rules.base import Book, Rule
+
+PyTree = Any
+
+
+class Server:
+    """Holds the parameters; a :class:`Rule` says who may read when, and what an update does.
+
+    All methods may be called from any thread. Every pull returns what was complete at one moment;
+    an update is applied together with the clock that it advances, and once, however often it comes.
+
+    Args:
+      params: Pytree of arrays: the initial parameters. Copied.
+      rule: ``Rule(pace, apply)``, such as ``Rule(stale_synchronous(3), add(1 / 8))``.
+      num_workers: How many workers the run starts with; nobody reads before so many registered.
+      push: What updates are encoded with on their way in: ``None`` (as they are), a codec, or
+        ``error_feedback(codec)``, whose residual each worker keeps (:meth:`sender`).
+      pull: The same for parameters on their way out; without error feedback.
+      lease: A member that says nothing for longer is evicted; in units of ``now``.
+      now: The clock that leases are measured on.
+      seed: Of the codecs that draw random numbers.
+      on_applied: Called with an :class:`Applied` for every update that enters the parameters, in
+        order, while the server is locked.
+
+    Attributes:
+      traffic: Payload bytes and messages in each direction, as they were.
+
+    Raises:
+      ValueError: the rule cannot serve so many workers, a codec needs state that the server does
+        not keep, or a leaf cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        rule: Rule,
+        num_workers: int,
+        *,
+        push: Any = None,
+        pull: Any = None,
+        lease: float = math.inf,
+        now: Callable[[], float] = time.monotonic,
+        seed: int = 0,
+        on_applied: Callable[[Applied], None] | None = None,
+    ) -> None:
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+            raise ValueError(f"Server(num_workers={num_workers!r}): expected an int >= 1.")
+        if not isinstance(rule, Rule):
+            raise ValueError(
+                f"Server(rule={rule!r}): expected Rule(pace, apply), such as "
+                "Rule(asynchronous(), add())."
+            )
+        if not lease > 0:
+            raise ValueError(f"Server(lease={lease!r}): expected a time > 0, or inf.")
+        rule.check(num_workers)
+        push_codec, self._feedback = split_content(push, "push")
+        pull_codec, _ = split_content(pull, "pull")
+        self.num_workers, self.now = num_workers, now
+        self.push_format = Format(params, push_codec)
+        self.traffic = Traffic()
+        self._lease, self._seed = lease, seed
+        self._model = Model(
+            params,
+            rule,
+            num_workers,
+            self.push_format,
+            Format(params, pull_codec),
+            seed,
+            on_applied,
+        )
+        self._barriers = Barriers()
+        self._num_registered = 0
+        self._closed = ""
+        self._changed = threading.Condition(threading.RLock())
+        self.progress = 0
+        """Grows whenever a pull that had to wait might be answered."""
+
+    # Taking part.
+
+    def register(self, worker: int, incarnation: int = 0) -> Registration:
+        """Takes a worker in, or a newer incarnation of one, which fences the older.
+
+        Args:
+          worker: Its number, an int >= 0; updates of one version are added in this order.
+          incarnation: Which of its lives, growing.
+
+        Raises:
+          ValueError: that incarnation is a member already, or the number is none.
+          Evicted: a newer incarnation is known.
+        """
+        for name, value in (("worker", worker), ("incarnation", incarnation)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"register({name}={value!r}): expected an int >= 0.")
+        self._model.rule.apply.check_worker(worker, self.num_workers)
+        with self._changed:
+            self._check_open()
+            new = worker not in self._book.counted
+            member = self._book.members.register(worker, incarnation, self.now())
+            self._num_registered += new
+            self._book.counted[worker] = self._book.version
+            self._settle()
+            return Registration(member.clock, self._book.version)
+
+    def heartbeat(self, worker: int, incarnation: int) -> None:
+        """Says that a worker is alive; pull and push do so, too.
+
+        Raises:
+          Evicted: it is no member.
+        """
+        with self._changed:
+            self._find(worker, incarnation)
+
+    def members(self) -> dict[int, MemberInfo]:
+        """The live members, by number."""
+        with self._changed:
+            self.expire()
+            now = self.now()
+            return {
+                worker: MemberInfo(m.incarnation, m.clock, 0.0 if m.waiting else now - m.last_seen)
+                for worker, m in sorted(self._book.members.live())
+            }
+
+    def evict(self, worker: int, why: str = "evicted") -> None:
+        """Takes a worker out: nobody waits for it any more, and its own calls raise `Evicted`."""
+        with self._changed:
+            if self._book.members.evict(worker, why):
+                self._settle()
+
+    def expire(self) -> list[int]:
+        """Evicts the members whose lease is over; who they were."""
+        if self._lease == math.inf:
+            return []
+        with self._changed:
+            now = self.now()
+            late = [
+                worker
+                for worker, m in self._book.members.live()
+                if not m.waiting and now - m.last_seen > self._lease
+            ]
+            for worker in late:
+                self.evict(worker, f"silent for longer than the lease of {self._lease:g}")
+            return late
+
+    def close(self, why: str = "the run is over") -> None:
+        """Ends it: whoever waits, or calls from now on, gets `Closed`."""
+        with self._changed:
+            self._closed = why
+            self.progress += 1
+            self._changed.notify_all()
+
+    @property
+    def lease(self) -> float:
+        """How long a member may say nothing."""
+        return self._lease
+
+    # Reading.
+
+    @property
+    def version(self) -> int:
+        """How many times the parameters have been changed."""
+        return self._book.version
+
+    @property
+    def min_clock(self) -> int:
+        """The least clock of the live members."""
+        return self._book.members.min_clock
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters as they are: a pytree of read-only arrays, not encoded."""
+        with self._changed:
+            return self.push_format.tree(self._model.leaves)
+
+    @property
+    def apply_state(self) -> Any:
+        """What the rule's apply remembers."""
+        return self._model.apply_state
+
+    @property
+    def staleness(self) -> Counter[int]:
+        """How many applied updates were how many clocks stale (``Arrival.staleness``)."""
+        return self._model.staleness
+
+    def clock(self, worker: int) -> int:
+        """A member's clock: its pushes that have come without a gap.
+
+        Raises:
+          Evicted: it is no member.
+        """
+        with self._changed:
+            return self._book.members.find(worker).clock
+
+    def try_pull(
+        self,
+        worker: int,
+        max_staleness: float | None = None,
+        *,
+        incarnation: int | None = None,
+        clock: int | None = None,
+    ) -> Snapshot | None:
+        """:meth:`pull` for callers that cannot wait: ``None`` if the worker would have to."""
+        with self._changed:
+            member = self._find(worker, incarnation)
+            book = self._book
+            if self._num_registered < self.num_workers:
+                return None
+            at = member.clock if clock is None else clock
+            bound = math.inf if max_staleness is None else max_staleness
+            if not self._model.rule.pace.may_read(book, worker, at, bound):
+                return None
+            snapshot = self._model.publish()
+            base = snapshot.leaves if self._model.rule.apply.needs_base else None
+            member.pulled[snapshot.version] = Pulled(snapshot.min_clock, base)
+            t = self.traffic
+            self.traffic = t._replace(
+                pulls=t.pulls + 1, pulled_bytes=t.pulled_bytes + snapshot.parcel.nbytes
+            )
+            return snapshot
+
+    def pull(
+        self,
+        worker: int,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
+        *,
+        incarnation: int | None = None,
+        clock: int | None = None,
+    ) -> Snapshot:
+        """The parameters, once the pace lets this worker read.
+
+        Args:
+          worker: Who reads.
+          max_staleness: Waits until it is at most so many clocks ahead of the slowest; the pace's
+            own bound holds as well.
+          timeout: Wall seconds; ``None`` waits as long as it takes.
+          incarnation: Which of the worker's lives; ``None``: the one that is a member.
+          clock: The worker's own count of its pushes, where some are still on their way; ``None``:
+            those that have come.
+
+        Raises:
+          StaleTimeout: the others did not come in time; they are named.
+          Evicted: the worker is no member, or ceased to be one while it waited.
+          Closed: the server was closed.
+        """
+        if max_staleness is not None and not max_staleness >= 0:
+            raise ValueError(f"pull(max_staleness={max_staleness!r}): expected >= 0, or None.")
+        snapshot: Snapshot | None = None
+
+        def answered() -> bool:
+            nonlocal snapshot
+            snapshot = self.try_pull(worker, max_staleness, incarnation=incarnation, clock=clock)
+            return snapshot is not None
+
+        with self._changed:
+            if not self._wait(worker, answered, timeout):
+                raise StaleTimeout(
+                    f"worker {worker} waited {timeout:g} s: {self._who_is_awaited(worker)}"
+                )
+        assert snapshot is not None
+        return snapshot
+
+    def barrier(self, name: str, worker: int, timeout: float | None = None) -> None:
+        """Waits until every live member has come to the barrier of that name.
+
+        Raises:
+          StaleTimeout: they did not within ``timeout`` wall seconds; they are named.
+          Evicted, Closed: as :meth:`pull`.
+        """
+        with self._changed:
+            self._find(worker, None)
+            generation = self._barriers.arrive(name, worker)
+            self._settle()
+
+            def over() -> bool:
+                done = self._barriers.is_over(name, generation)
+                if not done:
+                    self._find(worker, None)
+                return done
+
+            if not self._wait(worker, over, timeout):
+                missing = self._barriers.missing(name, self._book.members)
+                self._barriers.leave(name, worker)
+                raise StaleTimeout(
+                    f"barrier {name!r}: worker {worker} waited {timeout:g} s for workers {missing}."
+                )
+
+    # Writing.
+
+    def sender(self, worker: int) -> Sender:
+        """What encodes that worker's updates, with the residual that is the worker's to keep."""
+        return Sender(self.push_format, self._feedback, self._seed, worker)
+
+    def push(
+        self, worker: int, incarnation: int, seq: int, update: PyTree, base_version: int
+    ) -> Ack:
+        """Brings an update in; with the clock that it advances, at once or not at all.
+
+        Args:
+          worker: Who.
+          incarnation: Which of its lives.
+          seq: Number of this update: the clock that ``register`` gave, and one more each time. A
+            number that has come before changes nothing and is answered as it was.
+          update: What :meth:`sender` made of it, or (without a codec) the tree itself. It must not
+            be changed afterwards.
+          base_version: The version that it was computed on, which this worker pulled.
+
+        Raises:
+          ValueError: another tree than the parameters (the leaf is named), or a version that this
+            worker did not pull.
+          Evicted: no member, or an incarnation that was replaced; nothing was changed.
+          Closed: the server was closed.
+        """
+        if not isinstance(update, Parcel):
+            if self.push_format.codec is not None:
+                raise ValueError(
+                    f"push: updates are encoded with {self.push_format.codec}; push what "
+                    "server.sender(worker)(update, seq) returns."
+                )
+            update = self.push_format.encode(self.push_format.leaves(update, "push"))
+        leaves = self.push_format.decode(update)
+        with self._changed:
+            member = self._find(worker, incarnation)
+            t = self.traffic
+            self.traffic = t._replace(
+                pushes=t.pushes + 1, pushed_bytes=t.pushed_bytes + update.nbytes
+            )
+            book = self._book
+            if seq < 0:
+                raise ValueError(f"push(seq={seq}): expected the clock that register gave, or on.")
+            if member.has(seq):
+                return Ack(book.version, seq not in member.refused, duplicate=True)
+            pulled = member.pulled.get(base_version)
+            if pulled is None:
+                raise ValueError(
+                    f"push: worker {worker} has no version {base_version} to base an update on; "
+                    f"it pulled {sorted(member.pulled)} since."
+                )
+            arrival = Arrival(
+                worker, seq, leaves, base_version, seq - pulled.min_clock, pulled.leaves
+            )
+            accepted = self._model.rule.pace.hold(book, arrival)
+            if not accepted:
+                member.refused.add(seq)
+            before = book.members.min_clock
+            book.members.count(member, seq, base_version)
+            if self._model.release() or book.members.min_clock != before:
+                self._announce()
+            return Ack(book.version, accepted)
+
+    # Saving.
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the server is, as plain data: containers, numbers and read-only arrays.
+
+        Nothing is copied, and nothing that happens afterwards changes it.
+        """
+        with self._changed:
+            return self._model.to_state() | {
+                "num_registered": self._num_registered,
+                "traffic": tuple(self.traffic),
+            }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Makes this server what another was at its :meth:`snapshot`, bit for bit.
+
+        The same parameters' tree, rule and number of workers are taken for granted. Leases start
+        anew, barriers are empty; whoever waits looks again.
+        """
+        with self._changed:
+            self._model.restore(state, self.now())
+            self._num_registered = state["num_registered"]
+            self.traffic = Traffic(*state["traffic"])
+            self._barriers = Barriers()
+            self._announce()
+
+    # Inside, where the lock is held.
+
+    @property
+    def _book(self) -> Book:
+        return self._model.book
+
+    def _find(self, worker: int, incarnation: int | None) -> Member:
+        self._check_open()
+        member = self._book.members.find(worker, incarnation)
+        member.last_seen = self.now()
+        return member
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(f"the server is closed: {self._closed}")
+
+    def _settle(self) -> None:
+        """After members came or went."""
+        self._model.release()
+        if self._num_registered >= self.num_workers:
+            self._barriers.open_due(self._book.members)
+        self._announce()
+
+    def _announce(self) -> None:
+        self.progress += 1
+        self._changed.notify_all()
+
+    def _wait(self, worker: int, done: Callable[[], bool], timeout: float | None) -> bool:
+        """Until ``done()``, looking again after every change; ``False`` if the time was up."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not done():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            # Somebody must look after the leases; who waits has the time.
+            longest = min(left, self._lease / 4)
+            with self._waits(worker):
+                self._changed.wait(None if longest == math.inf else longest)
+            self.expire()
+        return True
+
+    @contextmanager
+    def _waits(self, worker: int) -> Iterator[None]:
+        member = self._book.members.find(worker)
+        member.waiting += 1
+        try:
+            yield
+        finally:
+            member.waiting -= 1
+            member.last_seen = self.now()
+
+    def _who_is_awaited(self, worker: int) -> str:
+        missing = self.num_workers - self._num_registered
+        if missing > 0:
+            return f"{missing} of {self.num_workers} workers have not registered."
+        members = self._book.members
+        try:
+            clock = members.find(worker).clock
+        except Evicted as error:
+            return str(error)
+        behind = {w: m.clock for w, m in sorted(members.live()) if m.clock == members.min_clock}
+        shown = dict(list(behind.items())[:8])
+        return (
+            f"it is at clock {clock}, and {len(behind)} of {members.num_live} workers are at the "
+            f"least, {members.min_clock}: {sorted(shown)}."
+        )
