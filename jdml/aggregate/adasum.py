@@ -1,5 +1,7 @@
 """Adasum: gradients that agree are averaged, gradients that are orthogonal are added."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from jdml.communicate import Wire, on_shards
-from jdml.communicate.buckets import BUCKET_ELEMENTS, map_in_buckets
-from jdml.communicate.codecs import Codec, identity
-from jdml.communicate.codecs.packing import pack, unpack
+from jdml.communicate.buckets import BUCKET_ELEMENTS, plan
+from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import Axis, check_exchange
+from jdml.communicate.collectives.payloads import Values, gather, in_chunks, scatter
 from jdml.communicate.wire import varying_axes
 
 PyTree = Any
@@ -32,8 +34,11 @@ def adasum(axis: Axis, codec: Codec | None = None) -> optax.GradientTransformati
       codec: ``None`` for exact values, or a codec, for both phases. Error feedback is refused: the
         sum is not linear in what each worker says.
 
-    Bytes each worker sends, K workers, d elements: ``2 (K-1)/K 4d``, or ``2 (K-1) c`` with c the
-    codec's payload of ``d / K``; and, for the inner products, ``8 (K-1) K`` for each leaf.
+    State kept: none.
+
+    Bytes each worker sends, K workers, d elements (each leaf filled up to a multiple of K):
+    ``2 (K-1)/K 4d``, or ``2 (K-1) c`` with c the codec's payload of ``d / K``; and, for the inner
+    products, ``8 (K-1) K`` for each leaf.
 
     Raises:
       ValueError: ``codec`` is not a codec.
@@ -46,7 +51,7 @@ def adasum(axis: Axis, codec: Codec | None = None) -> optax.GradientTransformati
             f"adasum: codec={codec!r}; the adaptive sum is not linear, so there is no error to "
             "feed back. Use a codec alone, such as int8()."
         )
-    wire_format = identity() if codec is None else codec
+    wire_format = Values() if codec is None else codec
 
     def update(
         updates: PyTree,
@@ -60,19 +65,22 @@ def adasum(axis: Axis, codec: Codec | None = None) -> optax.GradientTransformati
         key = None if wire is None else wire.key
 
         def exchange(tree: PyTree, *keys: jax.Array) -> tuple[PyTree]:
-            if jax.lax.axis_size(axis) == 1:
+            num_workers = jax.lax.axis_size(axis)
+            if num_workers == 1:
                 return (jax.tree.map(lambda g: jax.lax.pmean(g, axis), tree),)
             leaves, treedef = jax.tree.flatten(tree)
-            # Joined without regard to the codec's blocks; each element says whose leaf it is of.
-            numbers = [jnp.full(leaf.shape, i, jnp.float32) for i, leaf in enumerate(leaves)]
-
-            def combine(number: int, vector: jax.Array, owner: jax.Array) -> tuple[jax.Array, ...]:
+            kinds = [varying_axes(leaf) for leaf in leaves]
+            sums = [jnp.zeros_like(leaf) for leaf in leaves]
+            buckets = plan(kinds, [leaf.size for leaf in leaves], BUCKET_ELEMENTS)
+            for number, members in enumerate(buckets):
                 key = jax.random.fold_in(keys[0], number) if keys else None
-                num_leaves = 1 if vector.size >= BUCKET_ELEMENTS else len(leaves)
-                return _combine(vector, owner, num_leaves, axis, wire_format, key), owner
-
-            sums, _ = map_in_buckets(combine, [leaves, numbers], identity())
-            sums = [s.astype(g.dtype) for s, g in zip(sums, leaves, strict=True)]
+                # Each leaf is cut into K chunks by itself, so that all workers' chunks are divided
+                # over the leaves in the same way.
+                parts = [in_chunks(_vector(leaves[i]), num_workers, 1) for i in members]
+                combined = _combine(parts, axis, wire_format, key)
+                for i, part in zip(members, combined, strict=True):
+                    whole = part.reshape(-1)[: leaves[i].size].reshape(leaves[i].shape)
+                    sums[i] = whole.astype(leaves[i].dtype)
             return (jax.tree.unflatten(treedef, sums),)
 
         (out,) = on_shards(exchange, wire, (updates,), () if key is None else (key,))
@@ -82,56 +90,49 @@ def adasum(axis: Axis, codec: Codec | None = None) -> optax.GradientTransformati
 
 
 def _combine(
-    vector: jax.Array,
-    owner: jax.Array,
-    num_leaves: int,
-    axis: Axis,
-    codec: Codec,
-    key: jax.Array | None,
-) -> jax.Array:
-    """The adaptive sums over ``axis`` of the leaves joined in one f32 vector.
+    parts: Sequence[jax.Array], axis: Axis, codec: Codec, key: jax.Array | None
+) -> list[jax.Array]:
+    """The adaptive sums over ``axis``, leaf by leaf.
 
     Args:
-      vector: Elements of one leaf, if ``num_leaves`` is 1, or of several.
-      owner: The leaf of each element.
-      num_leaves: How many there are in all.
+      parts: Leaves, each f32 ``[K, chunk]``.
       axis: The worker axis.
       codec: Of both phases.
       key: For codecs that draw random numbers.
+
+    Returns:
+      The sums, shaped like ``parts``.
     """
-    num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    me = jax.lax.axis_index(axis)
     names = (axis,) if isinstance(axis, str) else axis
-    size = vector.size
-    fill = -size % (num_workers * codec.granularity)
-    rows = jnp.concatenate([vector, jnp.zeros(fill, vector.dtype)]).reshape(num_workers, -1)
+    ends = list(itertools.accumulate(part.shape[1] for part in parts))
+    rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % codec.granularity)))
     length = rows.shape[1]
     key_out = key_back = None
     if key is not None:
         key_out, key_back = jax.random.split(jax.random.fold_in(key, me))
 
     payload = jax.lax.optimization_barrier(codec.encode_rows(rows, key_out))
-    received = jax.lax.all_to_all(pack(payload), axis, 0, 0, tiled=True)
-    shares = jax.lax.optimization_barrier(codec.decode_rows(unpack(received, payload), length))
+    received = scatter(payload, axis)
+    shares = jax.lax.optimization_barrier(codec.decode_rows(received, length))
 
-    # Which leaf, as a matrix [num_leaves, length]: sums over leaves are matrix products.
-    belongs = jnp.ones((1, length), jnp.float32)
-    if num_leaves > 1:
-        owner = jnp.concatenate([owner, jnp.zeros(fill, owner.dtype)]).reshape(num_workers, -1)
-        mine = jax.lax.dynamic_index_in_dim(owner, me, keepdims=False)
-        belongs = (mine == jnp.arange(num_leaves)[:, None]).astype(jnp.float32)
+    by_leaf = jnp.split(shares[:, : ends[-1]], ends[:-1], axis=1)
     exact = jax.lax.Precision.HIGHEST
-    gram = jnp.stack(
-        [jnp.einsum("sl,jl->sj", belongs * share, shares, precision=exact) for share in shares], 1
-    )
+    gram = jnp.stack([jnp.matmul(x, x.T, precision=exact) for x in by_leaf])
     # Over the workers' chunks, and over the other axes' shards of the leaves.
     gram = jax.lax.psum(gram, tuple(sorted(varying_axes(gram) | set(names))))
     coefficients = jax.vmap(adasum_coefficients)(gram)
-    weights = jnp.einsum("sk,sl->kl", coefficients, belongs, precision=exact)
-    chunk = jnp.sum(weights * shares, axis=0, keepdims=True)
+    sums = [jnp.matmul(c, x, precision=exact) for c, x in zip(coefficients, by_leaf, strict=True)]
+    chunk = jnp.pad(jnp.concatenate(sums), (0, length - ends[-1]))[None]
 
     chunk_payload = jax.lax.optimization_barrier(codec.encode_rows(chunk, key_back))
-    gathered = jax.lax.all_gather(pack(chunk_payload), axis, tiled=True, to="invarying")
-    return codec.decode_rows(unpack(gathered, chunk_payload), length).reshape(-1)[:size]
+    means = codec.decode_rows(gather(chunk_payload, axis), length)
+    return jnp.split(means[:, : ends[-1]], ends[:-1], axis=1)
+
+
+def _vector(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.float32).reshape(-1)
 
 
 def adasum_coefficients(gram: jax.Array) -> jax.Array:

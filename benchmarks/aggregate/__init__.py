@@ -1,0 +1,1 @@
+"""Step times of every aggregation against hand-written steps: see ``__main__``."""
