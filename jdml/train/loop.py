@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -72,6 +74,10 @@ def fit(
     (``jdml.communicate.branch``); a collective in a loop of unknown length counts as if that ran
     once.
 
+    A ``step`` of several steps per call is given so many batches at once; the log still has a row
+    for each step, which share the call's time. Checkpoints, evaluations and stops come after whole
+    calls: after the call in which they fall due.
+
     Args:
       step: From :func:`jdml.train.make_step`.
       state: From ``init``, or restored.
@@ -88,6 +94,9 @@ def fit(
       tokens_per_step: Tokens (or samples) of one global batch, for the speed.
       name: Shown before the progress bar.
       console: Where to print; by default the standard output of process 0.
+
+    Raises:
+      ValueError: the steps that are left are no whole number of calls.
     """
     first = int(state.step)
     log = MetricsLog(None) if log is None else log
@@ -97,11 +106,19 @@ def fit(
         console = Console(quiet=jax.process_index() != 0)
     if first >= num_steps:
         return FitResult(state, True)
+    per_call = step.steps_per_call
+    if (num_steps - first) % per_call:
+        raise ValueError(
+            f"fit: {num_steps - first} steps are left from step {first} to num_steps={num_steps}, "
+            f"but a call takes steps_per_call={per_call}. Make num_steps "
+            f"{first + -(-(num_steps - first) // per_call) * per_call}, or make_step with another "
+            "steps_per_call."
+        )
 
-    batch = next(data)
+    batch = _next(data, per_call)
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile()
-    wire = _WireCounter(compiled, mesh, workers)
+    wire = _WireCounter(compiled, mesh, workers, per_call)
     at_most = "" if wire.always == wire.at_most else "at most "
     console.print(
         f"{name}: compiled in {time.perf_counter() - started:.1f} s; each device sends "
@@ -114,33 +131,35 @@ def fit(
     clock = time.perf_counter()
 
     def settle(more: Callable[[], dict[str, float]] | None = None) -> None:
-        """Waits for the oldest step in flight and books it; time spent in ``more`` is not its."""
+        """Waits for the oldest call in flight and books it; time spent in ``more`` is not its."""
         nonlocal seconds, clock, sent
         number, metrics = in_flight.popleft()
-        values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
-        elapsed = time.perf_counter() - clock
-        seconds += elapsed
-        row = {"step": number, **values, "seconds": seconds}
-        if tokens_per_step:
-            row["tokens_per_second"] = tokens_per_step / elapsed
-        bytes_per_step = wire.sent(values)
-        sent += bytes_per_step
-        row |= {"bytes_per_step": bytes_per_step, "bytes_sent": sent}
-        if more is not None:
-            row |= more()
-        log.append(row)
-        bar.update(row)
+        listed = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
+        elapsed = (time.perf_counter() - clock) / per_call
+        for i in range(per_call):
+            values = listed if per_call == 1 else {k: v[i] for k, v in listed.items()}
+            seconds += elapsed
+            row = {"step": number - per_call + 1 + i, **values, "seconds": seconds}
+            if tokens_per_step:
+                row["tokens_per_second"] = tokens_per_step / elapsed
+            bytes_per_step = wire.sent(values)
+            sent += bytes_per_step
+            row |= {"bytes_per_step": bytes_per_step, "bytes_sent": sent}
+            if more is not None and i == per_call - 1:
+                row |= more()
+            log.append(row)
+            bar.update(row)
         clock = time.perf_counter()
 
     with _stop_on_signals() as stop, _Bar(console, name, first, num_steps) as bar:
-        for number in range(first + 1, num_steps + 1):
-            if number > first + 1:
-                batch = next(data)
+        for number in range(first + per_call, num_steps + 1, per_call):
+            if number > first + per_call:
+                batch = _next(data, per_call)
             state, metrics = compiled(state, batch)
             in_flight.append((number, metrics))
             last = number == num_steps or stop.is_set
-            saving = checkpointer is not None and (last or _due(number, save_every))
-            evaluating = evaluate is not None and (last or _due(number, eval_every))
+            saving = checkpointer is not None and (last or _due(number, save_every, per_call))
+            evaluating = evaluate is not None and (last or _due(number, eval_every, per_call))
             if on_cpu:
                 jax.block_until_ready(state)
             while len(in_flight) > 1:
@@ -157,8 +176,33 @@ def fit(
     return FitResult(state, number == num_steps)
 
 
-def _due(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0
+def _due(number: int, every: int, per_call: int) -> bool:
+    """Whether a multiple of ``every`` is among the last ``per_call`` steps up to ``number``."""
+    return every > 0 and number % every < per_call
+
+
+def _next(data: Data, per_call: int) -> PyTree:
+    """A batch, or several as the leading dim of one."""
+    if per_call == 1:
+        return next(data)
+    batches = [next(data) for _ in range(per_call)]
+    return jax.tree.map(lambda *xs: _stack(xs), *batches)
+
+
+def _stack(xs: tuple[Any, ...]) -> Any:
+    if not isinstance(xs[0], jax.Array):
+        return np.stack(xs)
+    sharding = xs[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return jnp.stack(xs)
+    # Rows stay on their devices.
+    spec = PartitionSpec(None, *sharding.spec)
+    return _stack_placed(xs, NamedSharding(sharding.mesh, spec))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack_placed(xs: tuple[jax.Array, ...], sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.stack(xs), sharding)
 
 
 def format_bytes(count: float) -> str:
@@ -171,9 +215,13 @@ def format_bytes(count: float) -> str:
 
 
 class _WireCounter:
-    """Bytes that one device sends between workers, step by step, from the compiled program."""
+    """Bytes that one device sends between workers, step by step, from the compiled program.
 
-    def __init__(self, compiled: Any, mesh: Mesh, workers: str | tuple[str, ...]):
+    Of a program of several steps a step's share: each of its collectives runs in all of them.
+    """
+
+    def __init__(self, compiled: Any, mesh: Mesh, workers: str | tuple[str, ...], per_call: int):
+        self._per_call = per_call
         between = set(axes_of(workers))
         self._listed = [c for c in collectives(compiled, mesh) if between & set(c.axes or ())]
         self._names = {name for c in self._listed for name, _ in c.branches}
@@ -194,7 +242,8 @@ class _WireCounter:
         return self._known[key]
 
     def _sum(self, taken: dict[str, int]) -> int:
-        return sum(bytes_per_axis(self._listed, unknown_count=1, taken=taken).values())
+        total = sum(bytes_per_axis(self._listed, unknown_count=1, taken=taken).values())
+        return round(total / self._per_call)
 
 
 class _Flag:

@@ -19,7 +19,7 @@ from jdml.sharding import Rules
 from jdml.train.gradients import Mapping, Metrics, default_mapping
 from jdml.train.program import StepProgram
 from jdml.train.state import TrainState
-from jdml.train.validate import check_arguments
+from jdml.train.validate import check_arguments, check_batches, check_steps_per_call
 
 PyTree = Any
 
@@ -43,12 +43,23 @@ def make_step(
     accumulate: int = 1,
     model_state: Literal["mean", "local"] | None = None,
     mapping: Mapping | None = None,
+    steps_per_call: int = 1,
+    compiler_options: dict[str, str] | None = None,
 ) -> Step:
     """Builds ``init`` and ``step`` of a distributed training run; both are compiled once.
 
     ``init(params, key) -> TrainState``; ``step(state, batch) -> (state, metrics)`` with the state
     donated. ``metrics`` holds ``"loss"`` and whatever ``loss_fn`` returns, as means over the
     workers.
+
+    With ``steps_per_call=n`` a call takes n steps in one program, a ``jax.lax.scan``: the leaves of
+    its batch have a leading dim of n, one batch for each step, and so do those of ``metrics``.
+    They are not averaged: a step's own value tells which branches it took
+    (:mod:`jdml.communicate.branch`), and a mean is easily had. The steps are those of n single
+    calls, keys included; only rounding may differ, where the compiler orders a sum otherwise. A
+    device then need not wait for the host between steps, and what a delayed exchange
+    (:func:`jdml.communicate.frequency.delayed`) leaves open in one step lies in one program with
+    the next.
 
     Args:
       loss_fn: ``(params, batch, key) -> (loss, metrics)`` on one worker's samples: a float scalar
@@ -70,6 +81,9 @@ def make_step(
       mapping: How gradients are mapped over the workers, ``"vmap"`` or ``"shard_map"``: the same
         numbers, another compiled program. ``None`` takes what
         :func:`jdml.train.gradients.default_mapping` gives.
+      steps_per_call: Steps of one call of ``step``; 1 takes a batch without the further dim.
+      compiler_options: Options of XLA for the step, such as
+        :data:`jdml.sharding.ASYNCHRONOUS_ON_TPU`.
 
     Returns:
       ``(init, step)``. The batch of ``step`` is a pytree of global arrays, placed or not, whose dim
@@ -78,9 +92,11 @@ def make_step(
 
     Raises:
       ValueError: before anything is compiled: an axis that the mesh lacks, specs that use the
-        worker axis, parameters that are not floating, a batch that the workers do not divide.
+          worker axis, parameters that are not floating, a batch that the workers do not divide or
+        that does not hold ``steps_per_call`` batches.
     """
     check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping)
+    check_steps_per_call(steps_per_call)
     axis = workers if isinstance(workers, str) or len(workers) > 1 else workers[0]
     program = StepProgram(
         loss_fn,
@@ -94,7 +110,7 @@ def make_step(
         model_state,
         mapping or default_mapping(mesh, axis),
     )
-    step = TrainStep(program)
+    step = TrainStep(program, steps_per_call, compiler_options)
     return Step(Init(program, step), step)
 
 
@@ -131,9 +147,20 @@ class Init:
 
 
 class TrainStep:
-    """``step(state, batch) -> (state, metrics)``: one compiled step, the state donated."""
+    """``step(state, batch) -> (state, metrics)``: one compiled step, the state donated.
 
-    def __init__(self, program: "StepProgram") -> None:
+    Attributes:
+      steps_per_call: Steps that a call takes; over 1, batch and metrics have that leading dim.
+    """
+
+    def __init__(
+        self,
+        program: "StepProgram",
+        steps_per_call: int = 1,
+        compiler_options: dict[str, str] | None = None,
+    ) -> None:
+        self.steps_per_call = steps_per_call
+        self._compiler_options = compiler_options
         self._program = program
         self._jitted: Any = None
         self._signature: Any = None
@@ -159,11 +186,23 @@ class TrainStep:
             return
         self._signature = signature
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+        def steps(state: TrainState, batches: PyTree) -> tuple[TrainState, Metrics]:
+            check_batches(batches, self.steps_per_call)
+
+            def one(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+                state, metrics = self._program.step(state, batch)
+                # As between calls: else the partitioner would choose where the state lives.
+                return jax.lax.with_sharding_constraint(state, shardings), metrics
+
+            return jax.lax.scan(one, state, batches)
+
         self._jitted = jax.jit(
-            self._program.step,
+            self._program.step if self.steps_per_call == 1 else steps,
             in_shardings=(shardings, None),
             out_shardings=(shardings, None),
             donate_argnums=0,
+            compiler_options=self._compiler_options,
         )
 
 

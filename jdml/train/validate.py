@@ -66,6 +66,19 @@ def check_arguments(
         raise ValueError(f"make_step: mapping={mapping!r}; expected None, 'vmap' or 'shard_map'.")
 
 
+def check_steps_per_call(steps_per_call: Any) -> None:
+    """Checks the number of steps that a call takes."""
+    if (
+        not isinstance(steps_per_call, int)
+        or isinstance(steps_per_call, bool)
+        or steps_per_call < 1
+    ):
+        raise ValueError(
+            f"make_step: steps_per_call={steps_per_call!r}; expected an int >= 1, the number of "
+            "steps in one call."
+        )
+
+
 def check_params(params: PyTree) -> None:
     """Every leaf is a float array, and there is one."""
     if not jax.tree.leaves(params):
@@ -138,6 +151,18 @@ def check_loss(loss: Any, metrics: Any) -> None:
         raise ValueError(
             "loss_fn: metrics has an entry 'loss', the name of the loss itself; rename it."
         )
+
+
+def check_batches(batches: PyTree, steps_per_call: int) -> None:
+    """Every leaf holds one batch for each step of a call."""
+    for path, x in leaves_with_paths(batches):
+        shape = jnp.shape(x)
+        if not shape or shape[0] != steps_per_call:
+            raise ValueError(
+                f"step: batch leaf {path!r} has shape {shape}; with steps_per_call="
+                f"{steps_per_call} it holds a batch for each step, [{steps_per_call}, batch, ...]. "
+                f"Stack {steps_per_call} batches along a new dim 0."
+            )
 
 
 def check_batch(
