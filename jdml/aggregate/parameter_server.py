@@ -98,8 +98,8 @@ def parameter_server(
     ``all_reduce_mean`` with the codec of the push, and its state stays whole on every worker.
 
     Args:
-      inner: Optax optimiser, elementwise. It sees slices of the leaves, of the same ranks at
-        the same paths.
+      inner: Optax optimiser, elementwise. It sees slices of the leaves, of the same ranks at the
+        same paths.
       axis: The worker axis or axes. ``init`` and ``update`` run inside a ``shard_map`` in which
         they are manual.
       push: ``None`` for the exact mean, a codec, or ``error_feedback(codec)``.
@@ -120,8 +120,10 @@ def parameter_server(
     Bytes each of K workers sends: a push ``(K-1) c`` and a pull ``(K-1) c``, c the payload of a
     slice: without codecs those of one ring all-reduce.
 
-    A checkpoint resumes on as many workers, bit for bit. On another number it is refused: slices of
-    K workers are none of K' workers'. The parameters themselves can be taken along.
+    A checkpoint resumes on as many workers, bit for bit on the same mesh, and beside other axes as
+    long as each leaf is cut along the same dim. On another number of workers
+    ``Checkpointer.restore`` refuses it and names the leaves: slices of K workers are none of K'
+    workers'. There a run can begin with the saved parameters and a new state.
 
     Raises:
       ValueError: a codec is none or has no payload (a reducer), an argument is out of its range;
@@ -138,6 +140,8 @@ def parameter_server(
     def init(params: PyTree) -> ParameterServerState:
         slices = slices_of(params, axis)
         owned = slices.own(params)
+        if slices.num_workers > 1:
+            check_elementwise(optimizer, owned)
         zeros = _zeros(params)
         owed = slices.cut(by_path(_zeros(owned))) if isinstance(pull, ErrorFeedback) else {}
         return ParameterServerState(
@@ -172,9 +176,6 @@ def parameter_server(
         if push_every > 1:
             accrued = jax.tree.map(lambda a, g: a + g.astype(a.dtype), state.accrued, updates)
 
-        def run_inner(mean: PyTree, inner_state: Any, owned: PyTree) -> tuple[PyTree, Any]:
-            return optimizer.update(mean, inner_state, owned, wire=wire, **extra)
-
         def serve() -> tuple[PyTree, Any, PyTree, PyTree]:
             """A push: ``(owner's moves, inner state, accrued, what the push owes)``."""
             mean, owed = slices.mean_to_owners(accrued, debts.push, push, _with_key(wire, 0))
@@ -184,9 +185,7 @@ def parameter_server(
             owned = slices.own(known, wire)
             for untold in (by_path(state.pending), debts.pull):
                 owned = slices.moved(owned, untold)
-            if slices.num_workers > 1:
-                check_elementwise(run_inner, mean, state.inner, owned)
-            moves, inner_state = run_inner(mean, state.inner, owned)
+            moves, inner_state = optimizer.update(mean, state.inner, owned, wire=wire, **extra)
             return moves, inner_state, _zeros(state.accrued), owed
 
         if pull_every == 1:

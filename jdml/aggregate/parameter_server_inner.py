@@ -1,9 +1,11 @@
 """Whether an optimiser acts on each element by itself, so that it may be run on slices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 PyTree = Any
 
@@ -17,27 +19,28 @@ _MIXES = (
 _SENDS = ("psum", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter")
 
 
-def check_elementwise(
-    update: Callable[..., tuple[PyTree, PyTree]], mean: PyTree, state: Any, owned: PyTree
-) -> None:
+def check_elementwise(inner: optax.GradientTransformationExtraArgs, owned: PyTree) -> None:
     """Raises if an update lets elements of a leaf depend on each other.
 
     It looks for reductions, products of matrices and the like in the traced program. One that
     communicates is taken to know what it does.
 
     Args:
-      update: ``(gradients, state, params) -> (updates, state)``.
-      mean: The owner's slices of the gradients.
-      state: The optimiser's state.
-      owned: The owner's slices of the parameters.
+      inner: The optimiser.
+      owned: The worker's slices of the parameters.
     """
-    names = list(_mixing(jax.make_jaxpr(update)(mean, state, owned).jaxpr))
+
+    def update(owned: PyTree) -> PyTree:
+        return inner.update(owned, inner.init(owned), owned, value=jnp.zeros(()))
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), owned)
+    names = set(_mixing(jax.make_jaxpr(update)(shapes).jaxpr))
     if names and not any(name.startswith(_SENDS) for name in names):
         raise ValueError(
             "parameter_server: the inner optimiser is not elementwise: it uses "
-            f"{', '.join(sorted(set(names)))} on a leaf, of which each worker has only its slice, "
-            "so that the workers would find different norms or factors. To clip by the global "
-            "norm, pass clip_norm= to parameter_server; for Adafactor, Muon, LAMB and the like use "
+            f"{', '.join(sorted(names))} on a leaf, of which each worker has only its slice, so "
+            "that the workers would find different norms or factors. To clip by the global norm, "
+            "pass clip_norm= to parameter_server; for Adafactor, Muon, LAMB and the like use "
             "optax.chain(mean_gradients(axis), inner), whose updates see whole leaves."
         )
 

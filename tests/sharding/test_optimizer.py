@@ -103,6 +103,23 @@ def test_history_of_several_steps():
     assert found["diff_params_memory/head/kernel"] == P(None, "fsdp", "model")
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec", "expected"),
+    [
+        ((8, 4), P("fsdp", "model"), P("fsdp", "model")),
+        ((2, 16), P(None, "model"), P(None, "model")),
+        ((2, 16), P("fsdp", "model"), P()),  # fsdp=4 does not divide it
+        ((4, 8), P("fsdp", "model"), P()),  # not one dim alone
+        ((8, 6), P("fsdp", "model"), P()),  # no whole part of 16
+    ],
+)
+def test_a_slice_lies_like_its_parameter_where_the_mesh_divides_it(shape, spec, expected):
+    mesh = make_mesh({"fsdp": 4, "model": 2})
+    params, moments = {"w": jnp.zeros((8, 16))}, {"w": jnp.zeros(shape)}
+    assert optimizer_specs({"mu": moments}, params, {"w": spec}, mesh=mesh)["mu"]["w"] == expected
+    assert optimizer_specs({"mu": moments}, params, {"w": spec})["mu"]["w"] == P()
+
+
 def test_longest_suffix_names_the_parameter():
     params = {"mu": {"kernel": jnp.zeros((4, 8))}, "kernel": jnp.zeros((4, 8))}
     found = optimizer_specs(
