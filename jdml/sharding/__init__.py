@@ -16,15 +16,18 @@ from jdml.sharding.hosts import (
 )
 from jdml.sharding.mesh import make_mesh
 from jdml.sharding.optimizer import gradient_specs, optimizer_specs, zero_specs
+from jdml.sharding.overlap import ASYNCHRONOUS_ON_TPU, Overlap, overlap, program_flops
 from jdml.sharding.place import init, lower_init, shard, shardings, unpad
 from jdml.sharding.rules import Rules, infer_fsdp
 from jdml.sharding.snapshot import assert_matches_snapshot
 from jdml.sharding.specs import specs
 
 __all__ = [
+    "ASYNCHRONOUS_ON_TPU",
     "Collective",
     "Description",
     "Host",
+    "Overlap",
     "Rules",
     "assert_matches_snapshot",
     "barrier",
@@ -46,7 +49,9 @@ __all__ = [
     "make_mesh",
     "no_mesh",
     "optimizer_specs",
+    "overlap",
     "presets",
+    "program_flops",
     "shard",
     "shardings",
     "show",

@@ -211,13 +211,13 @@ def _walk(
                     trips += 1  # tested once more than it runs
                 turns = (*loops, trips)
             for item in _walk(module, inner, turns, conditional or role == "branch", started):
-                key = _chain(item[1])
+                key = chain_of(item[1])
                 if role == "fusion" and key is not None and not _is_first(inner, key, started):
                     continue
                 yield item
 
 
-def _chain(this: hlo.Instruction) -> str | None:
+def chain_of(this: hlo.Instruction) -> str | None:
     """What the copies of one of TPU's fused asynchronous collectives have in common."""
     if "async_collective_fusion_config" not in this.attributes:
         return None
@@ -291,7 +291,7 @@ def _within(
         loops=loops,
         conditional=conditional,
         branches=_branches(this),
-        asynchronous=wrapped or this.opcode.endswith("-start") or _chain(this) is not None,
+        asynchronous=wrapped or this.opcode.endswith("-start") or chain_of(this) is not None,
         between_slices=False,
         name=this.name,
     )
