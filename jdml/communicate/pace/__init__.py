@@ -4,7 +4,8 @@ What a lockstep program cannot express: workers that really do not wait. A :clas
 parameters; workers pull them, compute, and push what they found, each at its own pace. Four parts:
 
 - ``server.py``: the one interface, whatever the backend, with ``members.py`` (who takes part, which
-  push came when), ``model.py`` (what becomes of it), ``payload.py`` (what travels);
+  push came when), ``model.py`` (what becomes of it), ``payload.py`` (what travels),
+  ``sharded.py`` (several servers as one);
 - ``rules/``: a :class:`Rule` is a *pace* (who may read when) and an *apply* (what an update does);
   any goes with any::
 
@@ -23,9 +24,13 @@ parameters; workers pull them, compute, and push what they found, each at its ow
 """
 
 from jdml.communicate.pace.arrivals import Arrivals as Arrivals
+from jdml.communicate.pace.arrivals import by_worker as by_worker
+from jdml.communicate.pace.arrivals import constant as constant
 from jdml.communicate.pace.arrivals import heavy_tailed as heavy_tailed
 from jdml.communicate.pace.arrivals import log_normal as log_normal
 from jdml.communicate.pace.arrivals import masked as masked
+from jdml.communicate.pace.arrivals import pausing as pausing
+from jdml.communicate.pace.arrivals import recorded as recorded
 from jdml.communicate.pace.connection import Connection as Connection
 from jdml.communicate.pace.errors import Closed as Closed
 from jdml.communicate.pace.errors import Evicted as Evicted
@@ -54,6 +59,8 @@ from jdml.communicate.pace.rules import partial_barrier as partial_barrier
 from jdml.communicate.pace.rules import stale_synchronous as stale_synchronous
 from jdml.communicate.pace.rules import synchronous as synchronous
 from jdml.communicate.pace.server import Server as Server
+from jdml.communicate.pace.sharded import AnyServer as AnyServer
+from jdml.communicate.pace.sharded import ShardedServer as ShardedServer
 from jdml.communicate.pace.virtual import Network as Network
 from jdml.communicate.pace.virtual import Outage as Outage
 from jdml.communicate.pace.virtual import VirtualClock as VirtualClock

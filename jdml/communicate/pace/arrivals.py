@@ -1,11 +1,11 @@
-"""Models of when workers' answers arrive in a lockstep program: simulated time, drawn from a key.
+"""Models of how long workers take for an answer: simulated time, drawn from a key.
 
 Each factory returns ``(key, step, num_workers) -> f32 [num_workers]``, the same on every worker for
 the same key. The unit of time is the caller's.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,11 @@ def log_normal(
     return _scaled(lambda key, n: median * jnp.exp(sigma * jax.random.normal(key, (n,))), slower)
 
 
+def constant(time: float = 1.0, slower: Mapping[int, float] | None = None) -> Arrivals:
+    """Always the same time, > 0; ``slower`` as in :func:`log_normal`."""
+    return log_normal(0.0, time, slower)
+
+
 def heavy_tailed(
     shape: float, least: float = 1.0, slower: Mapping[int, float] | None = None
 ) -> Arrivals:
@@ -45,6 +50,71 @@ def heavy_tailed(
     return _scaled(
         lambda key, n: least * jnp.exp(jax.random.exponential(key, (n,)) / shape), slower
     )
+
+
+def pausing(arrivals: Arrivals, probability: Mapping[int, float], pause: float) -> Arrivals:
+    """Workers that stop now and then: ``pause`` more, at random steps.
+
+    Args:
+      arrivals: Their times otherwise.
+      probability: Of a pause at a step: ``{worker: probability}``, in [0, 1].
+      pause: How long, > 0.
+    """
+    probability = dict(probability)
+    if not pause > 0 or not all(k >= 0 and 0 <= p <= 1 for k, p in probability.items()):
+        raise ValueError(
+            f"pausing({probability}, {pause}): expected {{worker >= 0: 0 <= probability <= 1}} and "
+            "a pause > 0."
+        )
+
+    def draw(key: jax.Array, step: jax.Array, num_workers: int) -> jax.Array:
+        _check_workers("pausing", probability, num_workers)
+        chances = np.zeros(num_workers, np.float32)
+        for worker, chance in probability.items():
+            chances[worker] = chance
+        own = jax.random.fold_in(jax.random.fold_in(key, 1), step)
+        pauses = jax.random.uniform(own, (num_workers,)) < chances
+        return arrivals(key, step, num_workers) + jnp.where(pauses, pause, 0.0)
+
+    return draw
+
+
+def by_worker(arrivals: Arrivals, others: Mapping[int, Arrivals]) -> Arrivals:
+    """A model for each worker: ``others`` for those that it names, ``arrivals`` for the rest."""
+    others = dict(others)
+
+    def draw(key: jax.Array, step: jax.Array, num_workers: int) -> jax.Array:
+        _check_workers("by_worker", others, num_workers)
+        times = arrivals(key, step, num_workers)
+        for worker, own in others.items():
+            times = times.at[worker].set(own(key, step, num_workers)[worker])
+        return times
+
+    return draw
+
+
+def recorded(times: np.ndarray) -> Arrivals:
+    """Times that were measured: row t of ``[num_steps, num_workers]`` for step t, and over again.
+
+    Args:
+      times: Floats >= 0; ``inf`` for an answer that never arrives.
+    """
+    trace = np.asarray(times, np.float32)
+    if trace.ndim != 2 or trace.shape[0] == 0 or not (trace >= 0).all():
+        raise ValueError(
+            f"recorded: expected times >= 0 as [num_steps, num_workers], got shape "
+            f"{list(trace.shape)}."
+        )
+
+    def arrivals(key: jax.Array, step: jax.Array, num_workers: int) -> jax.Array:
+        del key
+        if trace.shape[1] != num_workers:
+            raise ValueError(
+                f"recorded: {trace.shape[1]} columns, but there are {num_workers} workers."
+            )
+        return jnp.asarray(trace)[step % trace.shape[0]]
+
+    return arrivals
 
 
 def masked(mask: np.ndarray) -> Arrivals:
@@ -83,11 +153,16 @@ def _scaled(
             )
 
     def arrivals(key: jax.Array, step: jax.Array, num_workers: int) -> jax.Array:
-        if any(worker >= num_workers for worker in slower):
-            raise ValueError(f"slower={slower} names a worker beyond the {num_workers} there are.")
+        _check_workers("slower", slower, num_workers)
         factors = np.ones(num_workers, np.float32)
         for worker, factor in slower.items():
             factors[worker] = factor
         return draw(jax.random.fold_in(key, step), num_workers) * factors
 
     return arrivals
+
+
+def _check_workers(name: str, workers: Iterable[int], num_workers: int) -> None:
+    beyond = sorted(worker for worker in workers if worker >= num_workers)
+    if beyond:
+        raise ValueError(f"{name} names workers {beyond}, beyond the {num_workers} there are.")

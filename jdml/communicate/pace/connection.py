@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jdml.communicate.pace.messages import Ack, Registration, Snapshot
+from jdml.communicate.pace.messages import Ack, Registration
 from jdml.communicate.pace.payload import Parcel
-from jdml.communicate.pace.server import Server
+from jdml.communicate.pace.sharded import AnyServer
 
 PyTree = Any
 
@@ -13,7 +13,7 @@ class Connection:
     """One incarnation of a worker at a server; every backend's workers speak through one.
 
     Args:
-      server: A :class:`Server`, or what has its methods.
+      server: A :class:`Server` or :class:`ShardedServer`.
       worker: Number of the worker.
       incarnation: Which of its lives.
 
@@ -21,7 +21,7 @@ class Connection:
       ValueError, Evicted: as ``Server.register``.
     """
 
-    def __init__(self, server: Server, worker: int, incarnation: int = 0) -> None:
+    def __init__(self, server: AnyServer, worker: int, incarnation: int = 0) -> None:
         registration: Registration = server.register(worker, incarnation)
         self.server, self.worker, self.incarnation = server, worker, incarnation
         self.clock = registration.clock
@@ -33,17 +33,17 @@ class Connection:
         seq, self.clock = self.clock, self.clock + 1
         return seq, self.sender(update, seq)
 
-    def push(self, seq: int, parcel: Parcel, base_version: int) -> Ack:
+    def push(self, seq: int, parcel: Parcel, base_version: Any) -> Ack:
         """Brings it to the server; again, if that is not known to have happened."""
         return self.server.push(self.worker, self.incarnation, seq, parcel, base_version)
 
-    def try_pull(self, max_staleness: float | None = None) -> Snapshot | None:
+    def try_pull(self, max_staleness: float | None = None) -> Any:
         """``Server.try_pull`` at the clock of what was sent, be it still on its way."""
         return self.server.try_pull(
             self.worker, max_staleness, incarnation=self.incarnation, clock=self.clock
         )
 
-    def pull(self, max_staleness: float | None = None, timeout: float | None = None) -> Snapshot:
+    def pull(self, max_staleness: float | None = None, timeout: float | None = None) -> Any:
         """``Server.pull`` at the clock of what was sent, be it still on its way."""
         return self.server.pull(
             self.worker, max_staleness, timeout, incarnation=self.incarnation, clock=self.clock

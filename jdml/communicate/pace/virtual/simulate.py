@@ -19,7 +19,7 @@ from jdml.communicate.pace.connection import Connection
 from jdml.communicate.pace.errors import Evicted, PaceError
 from jdml.communicate.pace.messages import Ack
 from jdml.communicate.pace.payload import Parcel
-from jdml.communicate.pace.server import Server
+from jdml.communicate.pace.sharded import AnyServer
 from jdml.communicate.pace.virtual.clock import VirtualClock, VirtualSeconds
 from jdml.communicate.pace.virtual.durations import Durations
 from jdml.communicate.pace.virtual.network import Network, Traveller
@@ -68,7 +68,7 @@ class VirtualRun:
 
 
 def simulate(
-    server: Server,
+    server: AnyServer,
     workers: Sequence[Worker],
     clocks: Arrivals | np.ndarray,
     *,
@@ -130,7 +130,7 @@ class _Actor:
 class _Simulation:
     def __init__(
         self,
-        server: Server,
+        server: AnyServer,
         workers: Sequence[Worker],
         durations: Durations,
         network: Network | None,
@@ -382,7 +382,7 @@ class _Simulation:
         line: Connection,
         seq: int,
         parcel: Parcel,
-        base_version: int,
+        base_version: Any,
         answered: bool = False,
         waits: bool = False,
     ) -> Ack | None:

@@ -37,7 +37,7 @@ class Push(NamedTuple):
     """
 
     update: PyTree
-    base_version: int
+    base_version: Any
     wait: bool = True
 
 

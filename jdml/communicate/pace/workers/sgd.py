@@ -58,8 +58,9 @@ class SgdWorker(Worker):
     def run(self) -> Run:
         params: PyTree = None
         summed: PyTree = None
-        base, since = 0, 0
-        version = 0
+        base: Any = None
+        version: Any = None
+        since = 0
         while True:
             if params is None or self.num_steps % self.fetch_every == 0:
                 snapshot = yield Pull(self.max_staleness)

@@ -1,0 +1,273 @@
+"""Parameters spread over several servers, each with an equal share of the bytes."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jdml.communicate.pace.messages import Ack, MemberInfo, Registration, Snapshot, Traffic
+from jdml.communicate.pace.payload import Format, Leaves, Parcel, Sender
+from jdml.communicate.pace.rules.base import Rule
+from jdml.communicate.pace.server import Server
+
+PyTree = Any
+
+
+class Piece(NamedTuple):
+    """Elements ``start`` to ``stop`` of a leaf, in row-major order."""
+
+    leaf: int
+    start: int
+    stop: int
+
+
+def equal_shares(leaves: Sequence[np.ndarray], num_shares: int) -> list[list[Piece]]:
+    """Cuts the leaves, laid end to end, into runs of as many bytes each, to the element."""
+    ends = np.cumsum([0] + [x.nbytes for x in leaves])
+    cuts = [int(ends[-1]) * k // num_shares for k in range(num_shares + 1)]
+    shares: list[list[Piece]] = []
+    for low, high in itertools.pairwise(cuts):
+        share = []
+        for i, x in enumerate(leaves):
+            start, stop = (
+                min(max(-(-(cut - int(ends[i])) // x.itemsize), 0), x.size) for cut in (low, high)
+            )
+            if start < stop:
+                share.append(Piece(i, start, stop))
+        shares.append(share)
+    return shares
+
+
+class ShardedSnapshot(NamedTuple):
+    """A snapshot of each server.
+
+    Attributes:
+      version: One for each server: what ``push`` is given as ``base_version``.
+      min_clock: The least of theirs.
+      shards: Theirs.
+      server: Where they are from.
+    """
+
+    version: tuple[int, ...]
+    min_clock: int
+    shards: tuple[Snapshot, ...]
+    server: "ShardedServer"
+
+    @property
+    def parcel(self) -> Parcel:
+        return _joined([s.parcel for s in self.shards])
+
+    @property
+    def params(self) -> PyTree:
+        return self.server.join([s.leaves for s in self.shards])
+
+
+class ShardedServer:
+    """:class:`Server`'s methods over ``num_servers`` of them.
+
+    Each server has its own version and its own lock, and pushes and pulls go to all: under the
+    synchronous pace the parameters are those of one server, bit for bit; under another, a pull may
+    find a push in one server that is not yet in the next, which each server's pace bounds by
+    itself. A rule sees flat pieces of leaves: it must work element by element, as all do that are
+    here (of proximal operators, those without a mask).
+
+    Args:
+      params: Pytree of arrays: the initial parameters.
+      rule: As for :class:`Server`.
+      num_workers: As for :class:`Server`.
+      num_servers: At least 1, at most as many as there are elements.
+      options: Of each :class:`Server`.
+
+    Raises:
+      ValueError: as :class:`Server`; or there are more servers than elements.
+    """
+
+    def __init__(
+        self, params: PyTree, rule: Rule, num_workers: int, num_servers: int, **options: Any
+    ) -> None:
+        self.format = Format(params, None)
+        leaves = self.format.leaves(params, "params")
+        self.shares = equal_shares(leaves, num_servers)
+        if not all(self.shares):
+            raise ValueError(
+                f"ShardedServer(num_servers={num_servers}): the parameters' "
+                f"{sum(x.size for x in leaves)} elements leave some of them without any."
+            )
+        self.servers = [Server(tree, rule, num_workers, **options) for tree in self.split(leaves)]
+        self.num_workers, self.now = num_workers, self.servers[0].now
+
+    def split(self, leaves: Leaves) -> list[dict[str, np.ndarray]]:
+        """Each server's pieces, by name; views."""
+        flat = [x.reshape(-1) for x in leaves]
+        return [
+            {self._name(i, p): flat[p.leaf][p.start : p.stop] for i, p in enumerate(share)}
+            for share in self.shares
+        ]
+
+    def join(self, shards: Sequence[Leaves]) -> PyTree:
+        """The tree of which each server holds those pieces."""
+        parts: list[list[np.ndarray]] = [[] for _ in self.format.shapes]
+        for share, leaves in zip(self.shares, shards, strict=True):
+            for piece, x in zip(share, leaves, strict=True):
+                parts[piece.leaf].append(x)
+        whole = []
+        for pieces, shape, dtype in zip(parts, self.format.shapes, self.format.dtypes, strict=True):
+            x = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, dtype)])
+            x = x.reshape(shape)
+            x.flags.writeable = False
+            whole.append(x)
+        return self.format.tree(tuple(whole))
+
+    def _name(self, number: int, piece: Piece) -> str:
+        # The number first, so that a dict's order is the share's.
+        return f"{number:06d} {self.format.paths[piece.leaf]}[{piece.start}:{piece.stop}]"
+
+    # What Server has.
+
+    def register(self, worker: int, incarnation: int = 0) -> Registration:
+        """As ``Server.register``, at each; the greatest clock."""
+        answers = [s.register(worker, incarnation) for s in self.servers]
+        return Registration(max(a.clock for a in answers), self.version)
+
+    def heartbeat(self, worker: int, incarnation: int) -> None:
+        for s in self.servers:
+            s.heartbeat(worker, incarnation)
+
+    def members(self) -> dict[int, MemberInfo]:
+        """Those that are members of every server."""
+        first, *others = (s.members() for s in self.servers)
+        return {w: m for w, m in first.items() if all(w in other for other in others)}
+
+    def evict(self, worker: int, why: str = "evicted") -> None:
+        for s in self.servers:
+            s.evict(worker, why)
+
+    def expire(self) -> list[int]:
+        """Evicts, everywhere, the members whose lease is over at one of the servers."""
+        late = sorted(set().union(*(s.expire() for s in self.servers)))
+        for worker in late:
+            self.evict(worker, f"silent for longer than the lease of {self.lease:g}")
+        return late
+
+    def close(self, why: str = "the run is over") -> None:
+        for s in self.servers:
+            s.close(why)
+
+    @property
+    def lease(self) -> float:
+        return self.servers[0].lease
+
+    @property
+    def version(self) -> int:
+        """The least of the servers' versions."""
+        return min(s.version for s in self.servers)
+
+    @property
+    def min_clock(self) -> int:
+        return min(s.min_clock for s in self.servers)
+
+    @property
+    def progress(self) -> int:
+        return sum(s.progress for s in self.servers)
+
+    @property
+    def params(self) -> PyTree:
+        return self.join([tuple(jax.tree.leaves(s.params)) for s in self.servers])
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of all servers together; a message to all of them counts once."""
+        each = [s.traffic for s in self.servers]
+        return Traffic(
+            max(t.pushes for t in each),
+            sum(t.pushed_bytes for t in each),
+            max(t.pulls for t in each),
+            sum(t.pulled_bytes for t in each),
+        )
+
+    def clock(self, worker: int) -> int:
+        return min(s.clock(worker) for s in self.servers)
+
+    def try_pull(self, worker: int, max_staleness: float | None = None, **at: Any) -> Any:
+        """As ``Server.try_pull``; ``None`` if any server would let the worker wait."""
+        shards = []
+        for s in self.servers:
+            shard = s.try_pull(worker, max_staleness, **at)
+            if shard is None:
+                return None
+            shards.append(shard)
+        return self._together(shards)
+
+    def pull(
+        self,
+        worker: int,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
+        **at: Any,
+    ) -> ShardedSnapshot:
+        """As ``Server.pull``; ``timeout`` is each server's."""
+        return self._together([s.pull(worker, max_staleness, timeout, **at) for s in self.servers])
+
+    def _together(self, shards: Sequence[Snapshot]) -> ShardedSnapshot:
+        return ShardedSnapshot(
+            tuple(s.version for s in shards), min(s.min_clock for s in shards), tuple(shards), self
+        )
+
+    def barrier(self, name: str, worker: int, timeout: float | None = None) -> None:
+        self.servers[0].barrier(name, worker, timeout)
+
+    def sender(self, worker: int) -> "ShardedSender":
+        return ShardedSender(self, [s.sender(worker) for s in self.servers])
+
+    def push(
+        self,
+        worker: int,
+        incarnation: int,
+        seq: int,
+        update: PyTree,
+        base_version: tuple[int, ...],
+    ) -> Ack:
+        """As ``Server.push``, at each; accepted if all did. To be called again if one failed:
+        those that have the update do not take it twice.
+        """
+        if not isinstance(update, Parcel):
+            parts: Sequence[Any] = self.split(self.format.leaves(update, "push"))
+        else:
+            parts = update.content
+        acks = [
+            s.push(worker, incarnation, seq, part, version)
+            for s, part, version in zip(self.servers, parts, base_version, strict=True)
+        ]
+        return Ack(
+            min(a.version for a in acks),
+            all(a.accepted for a in acks),
+            all(a.duplicate for a in acks),
+        )
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Of each server, one after the other: let the workers rest if they must agree."""
+        return [s.snapshot() for s in self.servers]
+
+    def restore(self, state: Sequence[dict[str, Any]]) -> None:
+        for s, own in zip(self.servers, state, strict=True):
+            s.restore(own)
+
+
+class ShardedSender:
+    """Encodes a worker's updates for each server."""
+
+    def __init__(self, server: ShardedServer, senders: Sequence[Sender]) -> None:
+        self._server, self._senders = server, senders
+
+    def __call__(self, update: PyTree, seq: int) -> Parcel:
+        parts = self._server.split(self._server.format.leaves(update, "push"))
+        return _joined([send(part, seq) for send, part in zip(self._senders, parts, strict=True)])
+
+
+def _joined(parcels: Sequence[Parcel]) -> Parcel:
+    return Parcel(tuple(parcels), sum(p.nbytes for p in parcels))
+
+
+AnyServer = Server | ShardedServer
