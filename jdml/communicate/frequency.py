@@ -71,7 +71,13 @@ def delayed(
     Step t computes ``g_t`` and at the same time exchanges ``g_{t - steps}``, which waited in the
     state: neither needs the other, so the compiler may run the exchange behind the computation.
     ``chain(delayed(mean_gradients("data", int8())), adamw(...))``. The first ``steps`` steps see
-    zeros.
+    zeros. Where the compiler splits a collective into start and done, the whole step stands between
+    the two; on TPU all-to-alls and all-reduces want ``jdml.sharding.ASYNCHRONOUS_ON_TPU`` for that
+    (``benchmarks/overlap.py`` reads the schedules).
+
+    Late gradients bear lower learning rates alone: on a quadratic of curvature L,
+    ``w <- w - eta L w_{t - steps}`` converges if and only if
+    ``eta < 2 sin(pi / (2 (2 steps + 1))) / L``: 2/L, 1/L, 0.618/L for 0, 1 and 2 steps.
 
     Args:
       transformation: One that acts on gradients, such as ``mean_gradients`` or ``dgc``.
@@ -79,7 +85,8 @@ def delayed(
 
     State kept: ``steps`` more copies of the gradients, per worker.
 
-    Reference: pipelined SGD: Li et al., "Pipe-SGD", NeurIPS 2018.
+    Reference: pipelined SGD: Li et al., "Pipe-SGD", NeurIPS 2018. The bound: Levin & May, "A Note
+    on Difference-Delay Equations", 1976.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"delayed(steps={steps!r}): expected an int >= 0.")
