@@ -5,7 +5,7 @@ sent, and not what a formula says of them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ class Format:
 
     def __init__(self, like: PyTree, codec: Codec | None) -> None:
         named = leaves_with_paths(like)
-        self.treedef = jax.tree.structure(like)
+        self.treedef: Any = jax.tree.structure(like)
         self.paths = tuple(path for path, _ in named)
         self.shapes = tuple(np.shape(x) for _, x in named)
         self.dtypes = tuple(np.asarray(x).dtype for _, x in named)
@@ -52,16 +52,6 @@ class Format:
                         f"leaf {path!r} has dtype {dtype}, and {codec} encodes floats only. Keep "
                         "integers out of what is trained, or exchange without a codec."
                     )
-            self._encode = jax.jit(self._encoded)
-            self._decode = jax.jit(lambda encoded: tuple(map(codec.decode, encoded)))
-
-    def _encoded(self, leaves: Sequence[jax.Array], key: jax.Array | None) -> tuple[Any, ...]:
-        codec = self.codec
-        assert codec is not None
-        keys = [key] * len(leaves)
-        if codec.needs_key:
-            keys = list(jax.random.split(key, len(leaves)))
-        return tuple(codec.encode(x, k) for x, k in zip(leaves, keys, strict=True))
 
     def leaves(self, tree: PyTree, what: str) -> Leaves:
         """The leaves of a tree that must look like this one.
@@ -92,18 +82,31 @@ class Format:
     def encode(self, leaves: Leaves, key: jax.Array | None = None) -> Parcel:
         """Puts leaves on the wire; without a codec as they are."""
         if self.codec is None:
-            return Parcel(leaves, sum(x.nbytes for x in leaves))
-        content = jax.tree.map(np.asarray, self._encode(leaves, key))
+            return Parcel(leaves, sum([x.nbytes for x in leaves]))
+        content = jax.tree.map(np.asarray, _encoded(leaves, key, self.codec))
         return Parcel(content, sum(x.nbytes for x in jax.tree.leaves(content)))
 
     def decode(self, parcel: Parcel) -> Leaves:
         """What the receiver reads; in the dtypes that were encoded."""
         if self.codec is None:
             return parcel.content
-        leaves = tuple(np.asarray(x) for x in self._decode(parcel.content))
+        leaves = tuple(np.asarray(x) for x in _decoded(parcel.content, self.codec))
         for x in leaves:
             x.flags.writeable = False
         return leaves
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def _encoded(leaves: Leaves, key: jax.Array | None, codec: Codec) -> tuple[Any, ...]:
+    keys: list[Any] = [key] * len(leaves)
+    if key is not None:
+        keys = list(jax.random.split(key, len(leaves)))
+    return tuple(codec.encode(x, k) for x, k in zip(leaves, keys, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def _decoded(content: tuple[Any, ...], codec: Codec) -> tuple[jax.Array, ...]:
+    return tuple(codec.decode(encoded) for encoded in content)
 
 
 class Sender:
@@ -114,13 +117,14 @@ class Sender:
 
     def __init__(self, fmt: Format, feedback: bool, seed: int, worker: int) -> None:
         self._format, self._feedback = fmt, feedback
-        self._draws = fmt.codec is not None and fmt.codec.needs_key
-        self._key = jax.random.fold_in(jax.random.key(seed), worker) if self._draws else None
+        self._key: jax.Array | None = None
+        if fmt.codec is not None and fmt.codec.needs_key:
+            self._key = jax.random.fold_in(jax.random.key(seed), worker)
         self.residual: Leaves | None = None
 
     def __call__(self, update: PyTree, seq: int) -> Parcel:
         leaves = self._format.leaves(update, "push")
-        key = jax.random.fold_in(self._key, seq) if self._draws else None
+        key = None if self._key is None else jax.random.fold_in(self._key, seq)
         if not self._feedback:
             return self._format.encode(leaves, key)
         if self.residual is not None:

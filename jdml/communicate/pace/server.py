@@ -8,12 +8,11 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from jdml.communicate.pace.barrier import Barriers
-from jdml.communicate.pace.errors import Closed, Evicted, StaleTimeout
+from jdml.communicate.pace.errors import Closed, StaleTimeout
 from jdml.communicate.pace.members import Member, Pulled
 from jdml.communicate.pace.messages import (
     Ack,
@@ -27,6 +26,7 @@ from jdml.communicate.pace.messages import (
 from jdml.communicate.pace.model import Model
 from jdml.communicate.pace.payload import Format, Parcel, Sender, split_content
 from jdml.communicate.pace.rules.base import Book, Rule
+from jdml.communicate.pace.waiting import Waiting, who_is_awaited
 
 PyTree = Any
 
@@ -100,6 +100,7 @@ class Server:
         self._num_registered = 0
         self._closed = ""
         self._changed = threading.Condition(threading.RLock())
+        self._waiting = Waiting(self._changed, self)
         self.progress = 0
         """Grows whenever a pull that had to wait might be answered."""
 
@@ -240,8 +241,8 @@ class Server:
             base = snapshot.leaves if self._model.rule.apply.needs_base else None
             member.pulled[snapshot.version] = Pulled(snapshot.min_clock, base)
             t = self.traffic
-            self.traffic = t._replace(
-                pulls=t.pulls + 1, pulled_bytes=t.pulled_bytes + snapshot.parcel.nbytes
+            self.traffic = Traffic(
+                t.pushes, t.pushed_bytes, t.pulls + 1, t.pulled_bytes + snapshot.parcel.nbytes
             )
             return snapshot
 
@@ -280,9 +281,12 @@ class Server:
             return snapshot is not None
 
         with self._changed:
-            if not self._wait(worker, answered, timeout):
+            if not self._waiting.until(worker, answered, timeout):
                 raise StaleTimeout(
-                    f"worker {worker} waited {timeout:g} s: {self._who_is_awaited(worker)}"
+                    f"worker {worker} waited {timeout:g} s: "
+                    + who_is_awaited(
+                        worker, self._book.members, self._num_registered, self.num_workers
+                    )
                 )
         assert snapshot is not None
         return snapshot
@@ -305,7 +309,7 @@ class Server:
                     self._find(worker, None)
                 return done
 
-            if not self._wait(worker, over, timeout):
+            if not self._waiting.until(worker, over, timeout):
                 missing = self._barriers.missing(name, self._book.members)
                 self._barriers.leave(name, worker)
                 raise StaleTimeout(
@@ -349,8 +353,8 @@ class Server:
         with self._changed:
             member = self._find(worker, incarnation)
             t = self.traffic
-            self.traffic = t._replace(
-                pushes=t.pushes + 1, pushed_bytes=t.pushed_bytes + update.nbytes
+            self.traffic = Traffic(
+                t.pushes + 1, t.pushed_bytes + update.nbytes, t.pulls, t.pulled_bytes
             )
             book = self._book
             if seq < 0:
@@ -366,12 +370,14 @@ class Server:
             arrival = Arrival(
                 worker, seq, leaves, base_version, seq - pulled.min_clock, pulled.leaves
             )
-            accepted = self._model.rule.pace.hold(book, arrival)
+            pace = self._model.rule.pace
+            before = pace.turn(book)
+            accepted = pace.hold(book, arrival)
             if not accepted:
                 member.refused.add(seq)
-            before = book.members.min_clock
             book.members.count(member, seq, base_version)
-            if self._model.release() or book.members.min_clock != before:
+            self._model.release()
+            if pace.turn(book) != before:
                 self._announce()
             return Ack(book.version, accepted)
 
@@ -403,6 +409,10 @@ class Server:
 
     # Inside, where the lock is held.
 
+    def find_member(self, worker: int) -> Member:
+        """A live member's record."""
+        return self._book.members.find(worker)
+
     @property
     def _book(self) -> Book:
         return self._model.book
@@ -427,43 +437,3 @@ class Server:
     def _announce(self) -> None:
         self.progress += 1
         self._changed.notify_all()
-
-    def _wait(self, worker: int, done: Callable[[], bool], timeout: float | None) -> bool:
-        """Until ``done()``, looking again after every change; ``False`` if the time was up."""
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        while not done():
-            left = end - time.monotonic()
-            if left <= 0:
-                return False
-            # Somebody must look after the leases; who waits has the time.
-            longest = min(left, self._lease / 4)
-            with self._waits(worker):
-                self._changed.wait(None if longest == math.inf else longest)
-            self.expire()
-        return True
-
-    @contextmanager
-    def _waits(self, worker: int) -> Iterator[None]:
-        member = self._book.members.find(worker)
-        member.waiting += 1
-        try:
-            yield
-        finally:
-            member.waiting -= 1
-            member.last_seen = self.now()
-
-    def _who_is_awaited(self, worker: int) -> str:
-        missing = self.num_workers - self._num_registered
-        if missing > 0:
-            return f"{missing} of {self.num_workers} workers have not registered."
-        members = self._book.members
-        try:
-            clock = members.find(worker).clock
-        except Evicted as error:
-            return str(error)
-        behind = {w: m.clock for w, m in sorted(members.live()) if m.clock == members.min_clock}
-        shown = dict(list(behind.items())[:8])
-        return (
-            f"it is at clock {clock}, and {len(behind)} of {members.num_live} workers are at the "
-            f"least, {members.min_clock}: {sorted(shown)}."
-        )

@@ -207,7 +207,7 @@ def test_elastic_averaging_conserves_the_sum():
     workers = [ElasticWorker(k, task, 1, alpha) for k in range(K)]
     for k, worker in enumerate(workers):
         worker.params = {"w": np.full(3, float(k))}
-    server, _ = run(Rule(asynchronous(), elastic_centre(alpha)), workers, num_events=200)
+    server, _ = run(Rule(asynchronous(), elastic_centre(alpha)), workers, num_events=3000)
     total = server.params["w"] + sum(w.params["w"] for w in workers)
     np.testing.assert_allclose(total, sum(range(K)), rtol=1e-12)
     np.testing.assert_allclose(server.params["w"], 6 / 5, atol=1e-3)

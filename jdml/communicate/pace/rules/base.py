@@ -46,6 +46,10 @@ class Pace(abc.ABC):
     def may_read(self, book: Book, worker: int, clock: int, max_staleness: float) -> bool:
         """Whether a worker at that clock may have the parameters as they are."""
 
+    def turn(self, book: Book) -> int:
+        """While this stays the same, nobody who had to wait may read."""
+        return book.version
+
     @abc.abstractmethod
     def hold(self, book: Book, arrival: Arrival) -> bool:
         """Puts an update among the held ones; ``False`` refuses it."""

@@ -43,7 +43,7 @@ class Consensus(Apply):
             reports[arrival.worker] = arrival.leaves
         mean: Sequence[Any] = [x / len(reports) for x in total(reports)]
         if self.prox is not None:
-            tree = book.format.treedef.unflatten(mean)
+            tree = book.format.tree(tuple(mean))
             mean = jax.tree.leaves(self.prox(tree, 1 / (len(reports) * self.rho)))
         new = tuple(
             frozen(np.asarray(m).astype(z.dtype)) for m, z in zip(mean, leaves, strict=True)

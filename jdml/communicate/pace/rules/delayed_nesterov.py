@@ -16,12 +16,12 @@ class DelayedNesterovState(NamedTuple):
     """State of :func:`delayed_nesterov`.
 
     Attributes:
-      count: Updates in the buffer.
+      num_buffered: Updates in the buffer.
       momentum: m, as of the last full buffer.
       buffer: Sum of the pseudo-gradients since then.
     """
 
-    count: int
+    num_buffered: int
     momentum: Leaves
     buffer: Leaves
 

@@ -17,6 +17,9 @@ class StaleSynchronous(Pace):
     def may_read(self, book: Book, worker: int, clock: int, max_staleness: float) -> bool:
         return clock - book.members.min_clock <= min(self.staleness, max_staleness)
 
+    def turn(self, book: Book) -> int:
+        return book.members.min_clock
+
     def hold(self, book: Book, arrival: Arrival) -> bool:
         book.held.setdefault(arrival.clock, []).append(arrival)
         return True
@@ -51,9 +54,8 @@ def stale_synchronous(staleness: float) -> StaleSynchronous:
     Reference: Ho et al., "More Effective Distributed ML via a Stale Synchronous Parallel Parameter
     Server", 2013, section 3.
     """
-    whole = not isinstance(staleness, bool) and (
-        staleness == math.inf or staleness == math.floor(staleness)
-    )
+    whole = isinstance(staleness, int | float) and not isinstance(staleness, bool)
+    whole = whole and (staleness == math.inf or float(staleness).is_integer())
     if not (whole and staleness >= 0):
         raise ValueError(
             f"stale_synchronous({staleness!r}): expected a whole number of clocks >= 0, or inf. 0 "

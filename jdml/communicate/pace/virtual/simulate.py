@@ -50,7 +50,7 @@ class VirtualRun:
 
     Attributes:
       virtual_seconds: Its length.
-      num_events: Events that happened: ends of computations, arrivals of messages, answers.
+      num_events: Events that happened: computations, pushes that came, pulls that were answered.
       evaluations: What ``evaluate`` returned, in order.
       computing_virtual_seconds: Per worker, time spent on local steps.
       waiting_virtual_seconds: Per worker, time in which the server kept a pull waiting.
@@ -91,11 +91,11 @@ def simulate(
         k-th worker's, or a recorded trace, floats ``[num_steps, num_workers]``.
       virtual_seconds: The run's length, at most.
       num_versions: Stops when the server's version has grown to this.
-      num_events: Stops after so many.
+      num_events: Stops after so many, or a few more that happen in the same moment.
       network: How long messages travel; ``None``: no time at all.
       outages: Workers that are killed or frozen.
       evaluate: ``params -> value``, called at the start, at the end, and every
-        ``evaluate_every_virtual_seconds``.
+        ``evaluate_every_virtual_seconds``, before what happens in the same moment.
       evaluate_every_virtual_seconds: > 0.
       seed: Of clocks and network.
       trace: Whether to keep every event.
@@ -123,6 +123,7 @@ class _Actor:
         self.next_push: Push | None = None
         self.wanted: Pull | None = None
         self.waits_since = 0.0
+        self.busy_since = self.busy_until = 0.0
         self.dead = False
         self.frozen_until: float | None = None
 
@@ -156,7 +157,7 @@ class _Simulation:
         for outage in outages:
             if outage.worker not in self.by_number:
                 raise ValueError(f"simulate: {outage} names no worker.")
-        self.heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.heap: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
         self.order = 0
         self.num_events = 0
         self.waiting: dict[int, _Actor] = {}
@@ -222,9 +223,10 @@ class _Simulation:
                 break
             _, _, happen, what = heapq.heappop(heap)
             clock.virtual_seconds = VirtualSeconds(now)
-            self.num_events += 1
             happen(*what)
         look()
+        for actor in self.actors:
+            self.stop_counting(actor)
         for actor in self.waiting.values():
             self.waited[actor.index] += clock.virtual_seconds - actor.waits_since
         return VirtualRun(
@@ -237,7 +239,7 @@ class _Simulation:
             self.trace,
         )
 
-    def at(self, when: float, happen: Callable[..., None], *what: Any) -> None:
+    def at(self, when: float, happen: Callable[..., Any], *what: Any) -> None:
         if when < math.inf:
             heapq.heappush(self.heap, (when, self.order, happen, what))
             self.order += 1
@@ -274,7 +276,14 @@ class _Simulation:
         if actor.frozen_until is not None:
             self.at(actor.frozen_until, self.resume, actor, life, answer)
             return
+        self.stop_counting(actor)
         self.drive(actor, answer)
+
+    def stop_counting(self, actor: _Actor) -> None:
+        """Adds up what it has computed until now, if it did."""
+        end = min(actor.busy_until, self.clock.virtual_seconds)
+        self.computing[actor.index] += max(0.0, end - actor.busy_since)
+        actor.busy_since = actor.busy_until = 0.0
 
     def drive(self, actor: _Actor, answer: Any) -> None:
         """Lets the worker go on until it has to wait for something."""
@@ -287,8 +296,8 @@ class _Simulation:
                     count = request.num_steps
                     took = self.durations.total(actor.index, actor.steps, count)
                     actor.steps += count
-                    if took < math.inf:
-                        self.computing[actor.index] += took
+                    self.num_events += 1
+                    actor.busy_since, actor.busy_until = now, now + took
                     self.note(actor, "compute", count)
                     self.at(now + took, self.resume, actor, actor.life, None)
                     return
@@ -301,6 +310,7 @@ class _Simulation:
                     if answer is None:
                         self.let_wait(actor, request)
                         return
+                    self.num_events += 1
                     self.note(actor, "pull", answer.version)
                     continue
                 if actor.in_flight:
@@ -332,6 +342,7 @@ class _Simulation:
             self.hand_out(actor, snapshot)
 
     def hand_out(self, actor: _Actor, snapshot: Any) -> None:
+        self.num_events += 1
         self.note(actor, "pull", snapshot.version)
         if self.network is None:
             self.drive(actor, snapshot)
@@ -387,6 +398,7 @@ class _Simulation:
         waits: bool = False,
     ) -> Ack | None:
         """A push has come, though its sender may be dead."""
+        self.num_events += 1
         try:
             ack = line.push(seq, parcel, base_version)
         except Evicted:
@@ -440,6 +452,7 @@ class _Simulation:
             return
         actor.dead = True
         actor.life += 1
+        self.stop_counting(actor)
         actor.in_flight, actor.next_push = False, None
         self.waiting.pop(actor.index, None)
         self.at(back, self.start_anew, actor)

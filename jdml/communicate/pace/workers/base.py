@@ -84,17 +84,20 @@ class Worker(abc.ABC):
     def run(self) -> Run:
         """The requests, without end. Called again for a worker that was started anew."""
 
-    def _local_steps(self, params: PyTree, count: int, towards: Towards | None = None) -> Any:
-        """``(params after the steps, sum of the updates)``."""
+    def _local_steps(
+        self, params: PyTree, count: int, towards: Towards | None = None, *, goes_on: bool = True
+    ) -> Any:
+        """``(params after the steps, sum of the updates)``; without ``goes_on`` before the last."""
         if not self._begun:
             self._state, self._begun = self.task.init(self.number, params), True
         summed: PyTree = None
-        for _ in range(count):
+        for i in range(count):
             update, self._state, self.loss = self.task.step(
                 self.number, params, self._state, self.num_steps, towards
             )
             self.num_steps += 1
-            params = tree_add(params, update)
+            if goes_on or i < count - 1:
+                params = tree_add(params, update)
             summed = update if summed is None else tree_add(summed, update)
         return params, summed
 

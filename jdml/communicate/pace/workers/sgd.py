@@ -71,7 +71,8 @@ class SgdWorker(Worker):
                 self.fetch_every - self.num_steps % self.fetch_every, self.push_every - since
             )
             yield Compute(count)
-            params, update = self._local_steps(params, count)
+            reads_next = (self.num_steps + count) % self.fetch_every == 0
+            params, update = self._local_steps(params, count, goes_on=not reads_next)
             summed = update if summed is None else tree_add(summed, update)
             since += count
             if since == self.push_every:
