@@ -39,7 +39,7 @@ class Options:
     """Options of the benchmark."""
 
     size: Size = field(default_factory=Size)
-    rounds: int = 15
+    rounds: int = 11
     """How often each step is timed."""
     methods: tuple[str, ...] = ()
     """Those whose names contain one of these; all if none is given."""

@@ -60,7 +60,8 @@ def average_params(
       steps.
 
     State kept: the workers' own models; with ``outer`` or ``codec`` one more copy of the
-    parameters, shared; with error feedback an f32 residual per worker.
+    parameters and the outer optimiser's state (for momentum, another copy), shared; with error
+    feedback an f32 residual per worker.
 
     Raises:
       ValueError: ``every`` is neither a function nor an int >= 1; ``codec`` or ``topology`` is

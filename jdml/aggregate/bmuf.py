@@ -35,8 +35,11 @@ def bmuf(
       block_momentum: eta, in ``[0, 1)``; ``None`` takes ``1 - 1/K`` for K workers.
       block_learning_rate: zeta, greater than 0.
       nesterov: Whether the workers start from where the momentum will lead.
-      codec: See :func:`jdml.aggregate.average_params`, also for bytes, state and errors.
+      codec: See :func:`jdml.aggregate.average_params`, also for bytes and errors.
       topology: See :func:`jdml.communicate.all_reduce_mean`.
+
+    State kept: the workers' own models; two more copies of the parameters, shared: the agreed model
+    and D; with error feedback an f32 residual per worker.
 
     Raises:
       ValueError: an argument is out of its range.

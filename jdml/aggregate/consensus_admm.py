@@ -131,6 +131,8 @@ def consensus_admm(
             state.z,
             state.dual,
         )
+        # Made once: read again wherever it is used, z and the dual could not stay where they are.
+        pulled = jax.lax.optimization_barrier(pulled)
         moves, inner_state = inner.update(pulled, state.inner, params, wire=wire, **extra)
         steps: jax.Array = optax.safe_increment(state.steps)
         x = optax.apply_updates(params, moves)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jdml.communicate import Wire
-from jdml.communicate.branch import choose, first_branch
+from jdml.communicate.branch import branch, choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import check_every
@@ -36,6 +36,15 @@ class StreamingDiLoCoState(NamedTuple):
     leaving: PyTree
     residual: tuple[PyTree, ...]
     metrics: dict[str, jax.Array]
+
+
+class _Fragment(NamedTuple):
+    """What a step makes of one fragment: its leaves in their places, none in the others'."""
+
+    moves: PyTree
+    anchor: PyTree
+    outer: Any
+    residual: PyTree
 
 
 def streaming_diloco(
@@ -120,50 +129,60 @@ def streaming_diloco(
             )
         ids = fragments(params)
         steps: jax.Array = optax.safe_increment(state.steps)
-        moved = optax.apply_updates(params, updates)
-        distance = jax.tree.map(lambda a, x: a - x, state.anchor, moved)
-        leaving = distance
-        if delay:
-            leaving = jax.tree.map(
-                lambda new, old, p: jnp.where(steps % every == _begin(p), new, old),
-                distance,
-                state.leaving,
-                jax.tree.unflatten(jax.tree.structure(params), ids),
-            )
 
-        def _round(p: int) -> tuple[PyTree, PyTree, Any, PyTree]:
-            sent = _part(state.leaving if delay else distance, ids, p)
-            mean, residual = exchange_mean(sent, state.residual[p], axis, codec, topology, wire)
+        # All that is of use in few steps only stands in their branches: others pass it by.
+        def _distance(p: int, anchor: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, x: a - x, anchor, _moved(p))
+
+        def _moved(p: int) -> PyTree:
+            return optax.apply_updates(_part(params, ids, p), _part(updates, ids, p))
+
+        def _round(p: int) -> _Fragment:
             anchor = _part(state.anchor, ids, p)
+            sent = _part(state.leaving, ids, p) if delay else _distance(p, anchor)
+            mean, residual = exchange_mean(sent, state.residual[p], axis, codec, topology, wire)
             step, outer_state = optimizer.update(mean, state.outer[p], anchor, **extra)
             anchor = optax.apply_updates(anchor, step)
             mixed = jax.tree.map(
                 lambda x, a, old, u: (mixing * x + (1 - mixing) * a - old).astype(u.dtype),
-                _part(moved, ids, p),
+                _moved(p),
                 anchor,
                 _part(params, ids, p),
                 _part(updates, ids, p),
             )
-            return mixed, anchor, outer_state, residual
+            return _Fragment(mixed, anchor, outer_state, residual)
 
-        def _alone(p: int) -> tuple[PyTree, PyTree, Any, PyTree]:
-            anchor = _part(state.anchor, ids, p)
-            return _part(updates, ids, p), anchor, state.outer[p], state.residual[p]
+        def _alone(p: int) -> _Fragment:
+            return _Fragment(
+                _part(updates, ids, p),
+                _part(state.anchor, ids, p),
+                state.outer[p],
+                state.residual[p],
+            )
 
-        results = []
+        results: list[_Fragment] = []
+        leaving: list[PyTree] = []
         metrics: dict[str, jax.Array] = {}
         for p in range(num_fragments):
             end = _begin(p, True) + delay
             due = (steps % every == end % every) & (steps >= end)
-            result, branch = choose(_name(p), due, (partial(_alone, p), partial(_round, p)))
+            result, metric = choose(_name(p), due, (partial(_alone, p), partial(_round, p)))
+            if delay:  # less than a period, so that a fragment does not leave as it arrives
+                leaving.append(
+                    branch(
+                        steps % every == _begin(p),
+                        partial(_distance, p, result.anchor),
+                        partial(_part, state.leaving, ids, p),
+                    )
+                )
             results.append(result)
-            metrics |= branch
+            metrics |= metric
         moves, anchors, outers, residuals = zip(*results, strict=True)
         return _joined(updates, ids, moves), StreamingDiLoCoState(
             steps,
             _joined(state.anchor, ids, anchors),
             outers,
-            leaving if delay else (),
+            _joined(state.leaving, ids, tuple(leaving)) if delay else (),
             residuals,
             metrics,
         )

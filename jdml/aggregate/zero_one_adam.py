@@ -108,8 +108,9 @@ def zero_one_adam(
         block by default; ``None`` for the exact mean.
       topology: See :func:`jdml.communicate.all_reduce_mean`.
 
-    State kept: two f32 moments and an f32 residual per worker; with local steps, the first moment
-    and an f32 progress per worker, and an f32 anchor.
+    State kept: two f32 moments, the same on every worker, and an f32 residual per worker; with
+    local steps the workers' own models and first moments, an f32 progress per worker, and an f32
+    anchor, shared: 2 more copies of the parameters.
 
     Bytes: those of ``codec`` in ``topology`` at an exchange of the momentum, and of an exact
     all-reduce at an update of the variance; the metrics say which of the two a step had.
