@@ -36,7 +36,7 @@ experiment: named $(VENV)/installed-experiments
 
 named:
 	@test -f 'experiments/$(NAME)/run.py' || { \
-	echo 'make experiment NAME=...: one of'; ls experiments; exit 1; }
+	echo 'make experiment NAME=...: one of'; ls experiments/*/run.py; exit 1; }
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)

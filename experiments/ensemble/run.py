@@ -15,28 +15,25 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone's root, for `experiments` itself
 
+from experiments.digits import Digits, divide, read_digits
 from experiments.ensemble.config import Config
 from jdml.aggregate import DistillEnsemble, average_params, distill_ensemble, ensemble
 from jdml.models import ConvNet
-from jdml.partition.label_skew import label_skew
-from jdml.partition.samples import Sampler, permutation
 from jdml.sharding import collectives, make_mesh
 from jdml.train import make_step
 from jdml.train.loop import format_bytes
 
-CLASSES = 10
 METHODS = ("averaging", "EC-DNN", "EC-DNN, inputs shared")
 Row = dict[str, Any]
 
 
 def main(config: Config) -> None:
     """Every method on every division; a table, a picture."""
-    images, labels = read_digits(config)
+    images, labels = read_digits()
     jax.config.update("jax_num_cpu_devices", config.workers)
     mesh = make_mesh({"data": config.workers}, devices=jax.devices()[: config.workers])
     print(
@@ -48,7 +45,15 @@ def main(config: Config) -> None:
         trainer = make_trainer(config, name, mesh)
         for alpha in config.alphas:
             for seed in config.seeds:
-                digits = divide(config, images, labels, alpha, seed, mesh)
+                digits = divide(
+                    images,
+                    labels,
+                    alpha,
+                    seed,
+                    mesh,
+                    batch=config.batch,
+                    test_images=config.test_images,
+                )
                 for row in trainer(digits, seed):
                     rows.append({"method": name, "alpha": alpha, "seed": seed, **row})
             last = [r for r in rows if (r["method"], r["alpha"]) == (name, alpha)][-1]
@@ -57,45 +62,6 @@ def main(config: Config) -> None:
                 f"{format_bytes(last['bytes_sent'])} in {config.rounds} rounds"
             )
     write_report(config, rows)
-
-
-class Digits(NamedTuple):
-    """Images for one run."""
-
-    batches: Iterator[dict[str, jax.Array]]
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-def read_digits(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 ``[num, 8, 8, 1]`` with values 0 to 16, and their labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        sys.exit("The digits come with scikit-learn: pip install 'jdml[experiments]'")
-    images, labels = load_digits(return_X_y=True)
-    return images.astype(np.uint8).reshape(-1, 8, 8, 1), labels.astype(np.int32)
-
-
-def divide(
-    config: Config, images: np.ndarray, labels: np.ndarray, alpha: float, seed: int, mesh: Mesh
-) -> Digits:
-    """Test images aside, the rest over the workers by label."""
-    order = permutation(len(images), seed, 0)
-    test, rest = np.split(order, [config.test_images])
-    parts = label_skew(labels[rest], config.workers, alpha, seed, min_samples=config.batch)
-    samplers = [Sampler(len(p), config.batch, seed) for p in parts]
-    placed = NamedSharding(mesh, P("data"))
-
-    def batches() -> Iterator[dict[str, jax.Array]]:
-        while True:
-            rows = np.concatenate(
-                [rest[part[next(s)]] for part, s in zip(parts, samplers, strict=True)]
-            )
-            one_hot = np.eye(CLASSES, dtype=np.float32)[labels[rows]]
-            yield jax.device_put({"inputs": images[rows], "targets": one_hot}, placed)
-
-    return Digits(batches(), images[test], labels[test])
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,19 +1,15 @@
-"""The ensemble experiment as a user runs it, small; its data; what it says when things lack."""
+"""The ensemble experiment as a user runs it, small."""
 
 import json
 import os
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from experiments.ensemble.config import Config
-from experiments.ensemble.run import METHODS, divide, read_digits
-from jdml.sharding import make_mesh
+from experiments.ensemble.run import METHODS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments/ensemble/run.py"
@@ -59,36 +55,6 @@ def test_a_small_run(tmp_path):
     assert all(r["one_model"] == r["ensemble"] for r in averaged)
     assert "EC-DNN, inputs shared: one model" in (tmp_path / "out/summary.txt").read_text()
     assert (tmp_path / "out/ensemble.png").stat().st_size > 10_000
-
-
-def test_test_images_are_no_ones_and_workers_keep_to_their_own():
-    config = Config(workers=4, batch=16)
-    images, labels = read_digits(config)
-    assert images.shape == (1797, 8, 8, 1)
-    assert images.max() == 16
-    mesh = make_mesh({"data": 4}, devices=jax.devices()[:4])
-    digits = divide(config, images, labels, 0.3, 0, mesh)
-    assert len(digits.test_images) == 360
-    seen = [set() for _ in range(4)]
-    counts = np.zeros((4, 10))
-    for batch in islice(digits.batches, 60):
-        for k, (x, y) in enumerate(
-            zip(np.split(batch["inputs"], 4), np.split(batch["targets"], 4), strict=True)
-        ):
-            seen[k] |= {image.tobytes() for image in np.asarray(x)}
-            counts[k] += np.asarray(y).sum(axis=0)
-    assert sum(map(len, seen)) > 1000
-    everyone = set().union(*seen)
-    assert len(everyone) == sum(map(len, seen))  # no image with two workers
-    assert everyone.isdisjoint(image.tobytes() for image in digits.test_images)
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    assert shares.max(axis=0).mean() > 2 * shares.mean()  # a digit belongs to some more than others
-
-
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SystemExit, match=r"pip install 'jdml\[experiments\]'"):
-        read_digits(Config())
 
 
 @pytest.mark.parametrize(
