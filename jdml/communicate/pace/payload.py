@@ -97,7 +97,7 @@ class Format:
 
 
 @functools.partial(jax.jit, static_argnames="codec")
-def _encoded(leaves: Leaves, key: jax.Array | None, codec: Codec) -> tuple[Any, ...]:
+def _encoded(leaves: Any, key: jax.Array | None, codec: Codec) -> tuple[Any, ...]:
     keys: list[Any] = [key] * len(leaves)
     if key is not None:
         keys = list(jax.random.split(key, len(leaves)))
