@@ -78,7 +78,8 @@ class Members:
             # Nobody will send what the old incarnation left out.
             clock = max([clock, known.clock, *(seq + 1 for seq in known.ahead)])
             if known.live:
-                self._leave(known)
+                # The least clock waits for the new one, which may be as far behind.
+                self._drop(known)
         member = self._all[worker] = Member(incarnation, clock, now)
         self.num_live += 1
         self._at_clock[clock] = self._at_clock.get(clock, 0) + 1
@@ -119,7 +120,8 @@ class Members:
         member = self._all.get(worker)
         if member is None or not member.live:
             return False
-        self._leave(member)
+        self._drop(member)
+        self._advance()
         member.why = why
         member.pulled.clear()
         return True
@@ -131,10 +133,9 @@ class Members:
         member = self._all.get(worker)
         return member is not None and member.live
 
-    def _leave(self, member: Member) -> None:
+    def _drop(self, member: Member) -> None:
         self.num_live -= 1
         self._at_clock[member.clock] -= 1
-        self._advance()
 
     def _move(self, before: int, after: int) -> None:
         self._at_clock[before] -= 1

@@ -135,6 +135,17 @@ def test_a_new_incarnation_goes_on_where_the_old_one_was():
     assert s.register(1, 1).clock == 6
 
 
+def test_the_slowest_may_be_replaced_and_is_waited_for():
+    s = server(Rule(stale_synchronous(1), add()))
+    step(s, 1, 0)
+    assert s.register(0, 1).clock == 0
+    assert s.min_clock == 0
+    step(s, 1, 1)
+    assert s.try_pull(1) is None
+    step(s, 0, 0, incarnation=1)
+    assert s.try_pull(1) is not None
+
+
 def test_two_workers_with_one_number():
     with pytest.raises(ValueError, match="two workers must not share a number"):
         server().register(0, 0)
