@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdml.communicate.buckets import map_in_buckets
+from jdml.communicate.buckets import BUCKET_ELEMENTS, map_in_buckets
 from jdml.communicate.codecs.base import Codec
 from jdml.communicate.codecs.packing import pack, unpack
 from jdml.communicate.permute import Axis, permute
@@ -17,6 +17,9 @@ from jdml.communicate.wire import per_worker, varies
 from jdml.sharding.paths import leaves_with_paths
 
 PyTree = Any
+
+SMALL = 1 << 16
+"""Exact values of longer leaves travel alone: all that joining them would do is copy them."""
 
 
 def mix(
@@ -136,7 +139,8 @@ def neighbour_sum(
         return heard, said
 
     # Two results per bucket, so two lists of leaves.
-    heard, said = map_in_buckets(exchange, [leaves, leaves], codec or _Whole())
+    limit = SMALL if codec is None else BUCKET_ELEMENTS
+    heard, said = map_in_buckets(exchange, [leaves, leaves], codec or _Whole(), limit)
     return jax.tree.unflatten(treedef, heard), jax.tree.unflatten(treedef, said)
 
 
