@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jdml.communicate.codecs.bit_words import Layout, first, places
 
 _TOP = 0x7FFFFFFF
+_SAMPLE = 1 << 16
 Bounds = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -27,9 +28,9 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
 def largest(rows: jax.Array, layout: Layout, k: int, floor: int = 1) -> jax.Array:
     """Places of the ``k`` largest magnitudes of each row, ascending, int32 ``[num_rows, k]``.
 
-    Halving the range of the bits finds a bound with k to 1.5 k elements on or above it, in ten
-    passes or so that only count; these candidates are picked and narrowed down to k. Among equal
-    magnitudes the lowest places are taken.
+    A bound with k to 1.5 k elements on or above it is guessed from a sample and counted; where the
+    guess is bad, halving the range of the bits finds one in ten passes or so that only count. These
+    candidates are picked and narrowed down to k. Among equal magnitudes the lowest places are taken.
 
     Args:
       rows: f32 ``[num_rows, layout.num_places]``.
@@ -63,7 +64,8 @@ def largest_words(rows: jax.Array, layout: Layout, k: int, limit: int, floor: in
     def count_from(bound: jax.Array) -> jax.Array:
         return layout.count(at_least(bound))
 
-    low, high, num_low = _halve(count_from, magnitude_bits(rows[:, 0]), k, limit, floor)
+    guess = _sampled_bound(rows, (k + limit) // 2, floor) if limit > k else None
+    low, high, num_low = _halve(count_from, magnitude_bits(rows[:, 0]), k, limit, floor, guess)
 
     def cut() -> jax.Array:
         """Too many: those between the bounds are equal, and some of them will do."""
@@ -79,13 +81,36 @@ def take(rows: jax.Array, elements: jax.Array) -> jax.Array:
     return jnp.take_along_axis(rows, elements, axis=1, mode="fill", fill_value=0)
 
 
+def _sampled_bound(rows: jax.Array, wanted: int, floor: int) -> jax.Array | None:
+    """The bits that about ``wanted`` elements of each row reach, judged by every so many-th one.
+
+    ``None`` for rows too short to be judged so, or if fewer than a few in the sample would do.
+    """
+    stride = rows.shape[1] // _SAMPLE
+    in_sample = wanted // max(stride, 1)
+    if stride < 4 or in_sample < 32:
+        return None
+    bits = magnitude_bits(rows[:, ::stride])
+
+    def count_from(bound: jax.Array) -> jax.Array:
+        return jnp.sum(bits >= bound[:, None], axis=1, dtype=jnp.int32)
+
+    return _halve(count_from, bits[:, 0], in_sample, in_sample + in_sample // 64, floor)[0]
+
+
 def _halve(
-    count_from: Callable[[jax.Array], jax.Array], like: jax.Array, k: int, limit: int, floor: int
+    count_from: Callable[[jax.Array], jax.Array],
+    like: jax.Array,
+    k: int,
+    limit: int,
+    floor: int,
+    guess: jax.Array | None = None,
 ) -> Bounds:
     """Bounds ``(low, high, number on or above low)`` of each row, int32 ``[num_rows]``.
 
     On or above ``low`` there are at most ``limit``, or else ``high`` is ``low + 1`` and fewer than
-    k are on or above it. Unless fewer than k reach ``floor``, k are on or above ``low``.
+    k are on or above it. Unless fewer than k reach ``floor``, k are on or above ``low``. ``guess``
+    is tried for ``low`` first; a bad one costs one count.
     """
     # Made from data, so that the loop's state varies over the mesh axes that the rows vary over.
     zero = like & 0
@@ -94,9 +119,10 @@ def _halve(
     def unsettled(low: jax.Array, high: jax.Array, num_low: jax.Array) -> jax.Array:
         return (num_low > limit) & (high - low > 1)
 
-    def step(state: Bounds) -> Bounds:
+    def step(state: Bounds, middle: jax.Array | None = None) -> Bounds:
         low, high, num_low = state
-        middle = low + (high - low) // 2
+        if middle is None:
+            middle = low + (high - low) // 2
         num = count_from(middle)
         going = unsettled(*state)
         up, down = going & (num >= k), going & (num < k)
@@ -107,6 +133,8 @@ def _halve(
         )
 
     state = (low, high, count_from(low))
+    if guess is not None:
+        state = step(state, jnp.clip(guess, low + 1, high - 1))
     low, high, num_low = jax.lax.while_loop(lambda s: jnp.any(unsettled(*s)), step, state)
     return low, high, num_low
 

@@ -50,6 +50,20 @@ def test_keeps_the_largest(length, k):
     check_largest(round_trip(codec, x), x, codec.num_slots(length))
 
 
+@pytest.mark.parametrize("sampled", ["alike", "all zero", "all large", "all equal"])
+def test_a_sample_that_tells_nothing_costs_time_alone(sampled):
+    """Long rows have their bound guessed from every fifth element (327,680 // 65,536)."""
+    x = gaussian(5 * 65_536)
+    if sampled == "all zero":
+        x[::5] = 0
+    elif sampled == "all large":
+        x[::5] += 100
+    elif sampled == "all equal":
+        x[::5] = 2.5
+    codec = top_k(0.01)
+    check_largest(round_trip(codec, x), x, codec.num_slots(x.size))
+
+
 @pytest.mark.parametrize("k", [5, 300])
 @pytest.mark.parametrize(
     "values",
