@@ -54,10 +54,11 @@ def first_branch(name: str) -> dict[str, jax.Array]:
 
 
 def _alike(branches: Sequence[Callable[[], T]]) -> list[Callable[[], T]]:
-    """The branches with results of one type."""
+    """The branches with results of one type; jitted, so that each is traced once and not twice."""
+    jitted = [jax.jit(f) for f in branches]
     varying = jax.tree.map(
         lambda *leaves: frozenset[str]().union(*map(varying_axes, leaves)),
-        *(jax.eval_shape(f) for f in branches),
+        *(jax.eval_shape(f) for f in jitted),
     )
 
     def mark(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -67,4 +68,4 @@ def _alike(branches: Sequence[Callable[[], T]]) -> list[Callable[[], T]]:
     def typed(f: Callable[[], T]) -> Callable[[], T]:
         return lambda: jax.tree.map(mark, f(), varying)
 
-    return [typed(f) for f in branches]
+    return [typed(f) for f in jitted]

@@ -42,6 +42,7 @@ class StepProgram:
     mapping: Mapping
     flags: TrainState | None = dataclasses.field(default=None, init=False)
     param_specs: PyTree = dataclasses.field(default=None, init=False)
+    _storage: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tx = optax.with_extra_args_support(self.tx)
@@ -68,9 +69,11 @@ class StepProgram:
         def update(gradients: PyTree, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
             return self.update(gradients, params, opt_state, jnp.zeros(()), jax.random.key(0))
 
-        opt_state, params_flags, opt_flags = find_storage(
-            self.region, lambda p: strong(self.tx.init(p)), update, shapes
-        )
+        asked = (*jax.tree.flatten(shapes), self.wire_specs)
+        if self._storage is None or self._storage[0] != asked:  # init.abstract, then init: once
+            init = lambda p: strong(self.tx.init(p))  # noqa: E731
+            self._storage = asked, find_storage(self.region, init, update, shapes)
+        opt_state, params_flags, opt_flags = self._storage[1]
         local = self.model_state == "local"
         self.flags = TrainState(
             False, params_flags, opt_flags, jax.tree.map(lambda _: local, model_state), False
