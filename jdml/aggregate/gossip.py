@@ -13,6 +13,7 @@ from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import Axis
 from jdml.communicate.frequency import Every, check_every, is_due
 from jdml.communicate.topology import Graph, mix
+from jdml.communicate.topology.mix import round_taken
 
 PyTree = Any
 GraphOf = Graph | Callable[[int], Graph]
@@ -26,7 +27,8 @@ class GossipState(NamedTuple):
       steps: int32, local steps taken.
       last: int32, ``steps`` as it was at the last round.
       rounds: int32, rounds of mixing so far.
-      metrics: Whether the workers mixed in the last step; ``{}`` if they always do.
+      metrics: Whether the workers mixed in the last step, unless they always do; and over which
+        round of the graph, if that changes.
     """
 
     steps: jax.Array
@@ -83,7 +85,8 @@ def gossip(
     def init(params: PyTree) -> GossipState:
         del params
         zero = jnp.zeros((), jnp.int32)
-        return GossipState(zero, zero, zero, {} if every == 1 else first_branch("gossip"))
+        taken = round_taken(graph_for("gossip", graph, axis, doubly=True), zero)
+        return GossipState(zero, zero, zero, taken | ({} if every == 1 else first_branch("gossip")))
 
     def update(
         updates: PyTree,
@@ -108,13 +111,14 @@ def gossip(
             return jax.tree.map(lambda m, x, u: (m - x).astype(u.dtype), mixed, params, updates)
 
         steps: jax.Array = optax.safe_increment(state.steps)
+        taken = round_taken(over, state.rounds)
         if every == 1:
-            return exchange(), GossipState(steps, steps, state.rounds + 1, {})
+            return exchange(), GossipState(steps, steps, state.rounds + 1, taken)
         due = is_due(every, steps, state.last)
         moves, metrics = choose("gossip", due, (lambda: updates, exchange))
         last = jnp.where(due, steps, state.last)
         rounds = state.rounds + due.astype(jnp.int32)
-        return moves, GossipState(steps, last, rounds, metrics)
+        return moves, GossipState(steps, last, rounds, taken | metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -11,6 +11,7 @@ from jdml.communicate import Wire, per_worker
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import Axis
 from jdml.communicate.topology import mix, one_peer_exponential
+from jdml.communicate.topology.mix import round_taken
 
 PyTree = Any
 
@@ -21,10 +22,12 @@ class PushSumState(NamedTuple):
     Attributes:
       rounds: int32, rounds so far.
       weight: f32 ``[]``, the push-sum weight, per worker; the weights of all sum to K.
+      metrics: Which round of the graph the last step had, if that changes.
     """
 
     rounds: jax.Array
     weight: jax.Array
+    metrics: dict[str, jax.Array]
 
 
 def push_sum(
@@ -58,7 +61,9 @@ def push_sum(
 
     def init(params: PyTree) -> PushSumState:
         del params
-        return PushSumState(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
+        zero = jnp.zeros((), jnp.int32)
+        taken = round_taken(graph_for("push_sum", graph, axis, doubly=False), zero)
+        return PushSumState(zero, jnp.ones((), jnp.float32), taken)
 
     def update(
         updates: PyTree,
@@ -82,6 +87,6 @@ def push_sum(
         moves = jax.tree.map(
             lambda x, z, u: (x / weight - z).astype(u.dtype), mixed, params, updates
         )
-        return moves, PushSumState(state.rounds + 1, weight)
+        return moves, PushSumState(state.rounds + 1, weight, round_taken(over, state.rounds))
 
     return optax.GradientTransformationExtraArgs(init, update)

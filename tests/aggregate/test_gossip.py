@@ -18,7 +18,7 @@ from jdml.communicate.topology import (
     ring,
     torus,
 )
-from jdml.sharding import make_mesh
+from jdml.sharding import bytes_per_axis, collectives, make_mesh
 from jdml.train import make_step
 
 K, D = 8, 40
@@ -169,3 +169,24 @@ def test_refuses_what_cannot_work():
         run(choco("data", one_peer_exponential, int8(), 0.5), 1)
     with pytest.raises(ValueError, match="such as ring"):
         gossip("data", "ring")
+
+
+def test_bytes_of_a_changing_graph_are_those_of_its_round():
+    mesh = make_mesh({"data": 8})
+    for tx in (
+        gossip("data", one_peer_exponential),
+        gossip("data", one_peer_exponential, every=2),
+        push_sum("data"),
+    ):
+        init, step = make_step(
+            lambda p, b, key: (jnp.mean((b @ p) ** 2), {}), optax.chain(optax.sgd(0.1), tx), mesh
+        )
+        state, batch = init(jnp.ones((500, 2)), 0), jnp.ones((8, 500))
+        listed = collectives(step.lower(state, batch).compile(), mesh)
+        once = 500 * 2 * 4
+        for number in range(1, 7):
+            state, metrics = step(state, batch)
+            names = {k.removeprefix("branch."): int(v) for k, v in metrics.items() if "branch" in k}
+            sent = bytes_per_axis(listed, taken=names)[("data",)]
+            mixes = "gossip" not in names or number % 2 == 0
+            assert mixes * once <= sent <= mixes * once + 64  # the loss, and a weight

@@ -30,7 +30,7 @@ def largest(rows: jax.Array, layout: Layout, k: int, floor: int = 1) -> jax.Arra
 
     A bound with k to 1.5 k elements on or above it is guessed from a sample and counted; where the
     guess is bad, halving the range of the bits finds one in ten passes or so that only count. These
-    candidates are picked and narrowed down to k. Among equal magnitudes the lowest places are taken.
+    candidates are picked and narrowed down to k. Of equal magnitudes the lowest places are taken.
 
     Args:
       rows: f32 ``[num_rows, layout.num_places]``.

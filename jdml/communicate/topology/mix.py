@@ -18,6 +18,7 @@ from jdml.sharding.paths import leaves_with_paths
 
 PyTree = Any
 
+ROUND = "round"
 SMALL = 1 << 16
 """Exact values of longer leaves travel alone: all that joining them would do is copy them."""
 
@@ -134,7 +135,8 @@ def neighbour_sum(
         else:
             assert step is not None
             branches = [lambda r=r: carried_by(r) for r in rounds]
-            heard = jax.lax.switch(step % graph.period, branches)
+            with jax.named_scope(f"branch.{ROUND}"):
+                heard = jax.lax.switch(step % graph.period, branches)
         said = vector if codec is None else codec.decode_rows(payload, vector.size)[0]
         return heard, said
 
@@ -142,6 +144,17 @@ def neighbour_sum(
     limit = SMALL if codec is None else BUCKET_ELEMENTS
     heard, said = map_in_buckets(exchange, [leaves, leaves], codec or _Whole(), limit)
     return jax.tree.unflatten(treedef, heard), jax.tree.unflatten(treedef, said)
+
+
+def round_taken(graph: Graph, number: jax.Array) -> dict[str, jax.Array]:
+    """Which of its rounds a graph that changes is in, to put among the state's metrics.
+
+    By it ``jdml.sharding.bytes_per_axis(..., taken=...)`` counts what that round sends, and not all
+    of them; see :func:`jdml.communicate.branch.choose`. ``{}`` for a constant graph.
+    """
+    if graph.period == 1:
+        return {}
+    return {f"branch.{ROUND}": (number % graph.period).astype(jnp.float32)}
 
 
 def _own_weight(graph: Graph, axis: Axis, step: int | jax.Array | None) -> jax.Array:
