@@ -42,3 +42,15 @@ def compiling_for_tpu(request, monkeypatch):
     yield
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compiled_lightly():
+    """Leaves out what LLVM optimises, a quarter of the time to compile; XLA's own passes stay.
+
+    For tests that compile many programs and run each for milliseconds.
+    """
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

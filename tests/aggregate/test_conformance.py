@@ -1,5 +1,8 @@
 """What every aggregation must do, whatever it is; the methods are listed in ``methods.py``."""
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,31 +14,59 @@ from jdml.train import Checkpointer, make_step
 from tests.aggregate.methods import METHODS
 from tests.train.problems import BATCH, make_batch, pytree_problem
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 MESHES = {
     "one worker": {"data": 1, "model": 2},
     "data": {"data": 4},
-    "data×model": {"data": 4, "model": 2},  # in all tests but that of the values
+    "data×model": {"data": 4, "model": 2},  # beside a mask
     "data×fsdp×model": {"data": 2, "fsdp": 2, "model": 2},
 }
 NUM_STEPS = 5  # an odd number: the last round of local steps is cut short
 
-each_method = pytest.mark.parametrize("name", METHODS)
+# Compiling is what costs: the tests of a method run one after the other and share its programs.
+each_method = pytest.mark.parametrize("name", METHODS, scope="module")
 
 
-def build(name, mesh_name, inner=None):
+class Run(NamedTuple):
+    mesh: Any
+    problem: Any
+    init: Any
+    step: Any
+
+
+@functools.cache
+def build(name: str, mesh_name: str) -> Run:
+    """One program for all tests of a method on a mesh; beside a mask on that with four workers."""
     shape = MESHES[mesh_name]
     mesh = make_mesh(shape, devices=jax.devices()[: int(np.prod(list(shape.values())))])
     problem = pytree_problem(mesh)
-    inner = optax.adamw(1e-2) if inner is None else inner
     axes = ("fsdp",) if "fsdp" in shape else ()
-    tx = METHODS[name].make(inner)
+    tx = METHODS[name].make(optax.adamw(1e-2))
+    if mesh_name == "data×model":
+        tx = kernels_alone(METHODS[name].make(optax.sgd(0.1)))
     init, step = make_step(problem.loss_fn, tx, mesh, specs=problem.specs, batch_axes=axes)
-    return mesh, problem, init, step
+    return Run(mesh, problem, init, step)
 
 
-def gradient_of(problem, num_workers):
+def kernels_alone(tx):
+    def kernels(wanted):
+        def mask(params):
+            is_kernel = lambda path, _: ("kernel" in str(path)) == wanted  # noqa: E731
+            return jax.tree_util.tree_map_with_path(is_kernel, params)
+
+        return mask
+
+    return optax.chain(
+        optax.masked(tx, kernels(True)), optax.masked(optax.set_to_zero(), kernels(False))
+    )
+
+
+@functools.cache
+def gradient_of(num_workers):
+    loss_fn = pytree_problem(make_mesh({"data": 1}, devices=jax.devices()[:1])).loss_fn
     size = BATCH // num_workers
-    grad = jax.jit(jax.grad(lambda p, b: problem.loss_fn(p, b, None)[0]))
+    grad = jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None)[0]))
 
     def gradient(params, step, worker):
         batch = jax.tree.map(lambda x: x[worker * size : (worker + 1) * size], make_batch(step))
@@ -62,7 +93,7 @@ def test_equals_its_dense_reference(name, mesh_name):
     num_workers = mesh.shape["data"]
     state, _ = run(init, step, problem)
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), problem.params)
-    gradient = gradient_of(problem, num_workers)
+    gradient = gradient_of(num_workers)
     expected = METHODS[name].reference(gradient, optax.adamw(1e-2), params, num_workers, NUM_STEPS)
     # A lone worker exchanges nothing, so no codec can touch what it has.
     atol = 1e-5 if num_workers == 1 else METHODS[name].tolerance
@@ -84,7 +115,7 @@ def test_one_worker_is_the_inner_optimiser_alone(name):
     state, _ = run(init, step, problem)
     inner = optax.adamw(1e-2)
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), problem.params)
-    opt_state, gradient = inner.init(params), gradient_of(problem, 1)
+    opt_state, gradient = inner.init(params), gradient_of(1)
     for i in range(NUM_STEPS):
         updates, opt_state = inner.update(gradient(params, i, 0), opt_state, params)
         params = optax.apply_updates(params, updates)
@@ -110,12 +141,11 @@ def test_state_keeps_shapes_dtypes_and_shardings(name):
 
 @each_method
 def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
-    _, problem, init, step = build(name, "data×model")
+    _, problem, init, step = build(name, "data×fsdp×model")
     whole, _ = run(init, step, problem)
     half, _ = run(init, step, problem, num_steps=3)
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
         checkpointer.save(3, half, wait=True)
-    _, problem, init, step = build(name, "data×model")
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
         state, _, _ = checkpointer.restore(init.abstract(problem.params))
     resumed, _ = run(init, step, problem, num_steps=NUM_STEPS - 3, first=3, state=state)
@@ -126,38 +156,15 @@ def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
 
 
 @each_method
-def test_learns(name):
-    _, problem, init, step = build(name, "data×model", optax.sgd(0.05))
+def test_learns_beside_a_mask(name):
+    """A masked transformation sees fewer leaves, in the same places."""
+    _, problem, init, step = build(name, "data×model")
     state = init(problem.params, 0)
     losses = []
     for _ in range(12):
         state, metrics = step(state, make_batch(0))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
-
-
-@each_method
-def test_works_beside_a_mask(name):
-    """A masked transformation sees fewer leaves, in the same places."""
-    mesh, problem, _, _ = build(name, "data×model")
-    tx = optax.masked(
-        METHODS[name].make(optax.sgd(0.1)),
-        lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: "kernel" in str(path), params
-        ),
-    )
-    tx = optax.chain(
-        tx,
-        optax.masked(
-            optax.set_to_zero(),
-            lambda p: jax.tree_util.tree_map_with_path(
-                lambda path, _: "kernel" not in str(path), p
-            ),
-        ),
-    )
-    init, step = make_step(problem.loss_fn, tx, mesh, specs=problem.specs)
-    state, metrics = run(init, step, problem, num_steps=2)
-    assert np.isfinite(float(metrics["loss"]))
     scale = np.asarray(state.params["scale"])
     np.testing.assert_array_equal(scale, np.ones_like(scale))
     moved = np.asarray(state.params["out"]["kernel"]) != np.asarray(problem.params["out"]["kernel"])
