@@ -42,8 +42,23 @@ def test_a_debt_is_what_stands_in_a_field_and_of_a_reducer_the_inner_field_alone
     }
 
 
-@pytest.mark.parametrize("given", range(1, 9))
-@pytest.mark.parametrize("saved", range(1, 9))
+@pytest.mark.parametrize(  # as many, more and fewer; whole multiples, a common factor and none
+    ("saved", "given"),
+    [
+        (1, 1),
+        (1, 8),
+        (8, 1),
+        (7, 7),
+        (2, 8),
+        (8, 2),
+        (4, 6),
+        (6, 4),
+        (3, 8),
+        (8, 3),
+        (5, 6),
+        (6, 5),
+    ],
+)
 def test_worker_j_takes_over_those_that_fall_to_it(saved, given):
     debt = np.random.default_rng(0).normal(size=(saved, 3, 2)).astype(np.float32)
     expected = np.zeros((given, 3, 2))
