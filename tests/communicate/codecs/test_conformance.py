@@ -10,12 +10,16 @@ import pytest
 from jdml.communicate.codecs.packing import pack, unpack
 from tests.communicate.codecs.registry import CODECS
 
-each_codec = pytest.mark.parametrize("name", CODECS)
+# Compiling is what costs: the tests of a codec run one after the other and share its program.
+each_codec = pytest.mark.parametrize("name", CODECS, scope="module")
 
 
 def each_codec_that(promises):
-    return pytest.mark.parametrize("name", [n for n, case in CODECS.items() if promises(case)])
+    chosen = [n for n, case in CODECS.items() if promises(case)]
+    return pytest.mark.parametrize("name", chosen, scope="module")
 
+
+ONE_OF_EACH_CLASS = {type(case.codec): n for n, case in CODECS.items()}.values()
 
 LARGEST = np.finfo(np.float32).max
 # What XLA moves at the width that it has: it widens 4-bit integers, 8-bit floats and, on CPU, bf16.
@@ -66,17 +70,24 @@ def relative_error(decoded, x):
     return ((decoded.astype(np.float64) - x) ** 2).sum() / len(decoded) / (x**2).sum()
 
 
-@each_codec
+SHAPES = [((3, 5, 7), "float16"), ((), "float32"), ((5,), "bfloat16"), ((2, 129), "float64")]
+
+
+# Shapes and dtypes are what Codec itself sees to: all of them for one of each class.
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((), "float32"), ((5,), "bfloat16"), ((3, 5, 7), "float16"), ((2, 129), "float64")],
+    ("name", "shape", "dtype"),
+    [(n, *x) for n in CODECS for x in (SHAPES if n in ONE_OF_EACH_CLASS else SHAPES[:1])],
 )
 def test_any_shape_and_float_dtype_with_the_stated_bytes(name, shape, dtype):
     codec = CODECS[name].codec
+
+    def there_and_back(x, key):
+        encoded = codec.encode(x, key)
+        return encoded, codec.decode(encoded)
+
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(np.random.default_rng(1).standard_normal(shape), dtype)
-        encoded = jax.jit(codec.encode)(x, key_of(codec))
-        decoded = jax.jit(codec.decode)(encoded)
+        encoded, decoded = jax.jit(there_and_back)(x, key_of(codec))
     assert decoded.shape == shape
     assert decoded.dtype == x.dtype == dtype
     assert np.isfinite(decoded.astype(np.float32)).all()
@@ -108,10 +119,9 @@ def test_the_payload_travels_as_bytes_and_comes_back(name):
     for leaf in jax.tree.leaves(payload):
         assert leaf.shape[0] == 3
         assert leaf.dtype.name in WIRE_DTYPES
-    buffer = jax.jit(pack)(payload)
+    buffer, back = jax.jit(lambda x: (pack(x), unpack(pack(x), x)))(payload)
     assert buffer.dtype == jnp.uint8
     assert buffer.shape == (3, codec.payload_bytes(length_of(codec)))
-    back = jax.jit(unpack)(buffer, payload)
     jax.tree.map(np.testing.assert_array_equal, back, payload)
     assert decoded.shape == (3, length_of(codec))
 
@@ -240,7 +250,7 @@ def test_a_constant_leaf_that_fills_no_block_stays_constant(name):
     np.testing.assert_allclose(decoded, x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", {type(case.codec): n for n, case in CODECS.items()}.values())
+@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS, scope="module")
 def test_traced_says_the_same_as_eager(name):
     """One of each class: what is not traced compiles every operation by itself."""
     codec = CODECS[name].codec

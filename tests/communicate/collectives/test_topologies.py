@@ -19,6 +19,8 @@ CODECS = {
 }
 SHAPES = {2: (2, 1), 3: (3, 1), 4: (2, 2), 8: (4, 2)}
 """Workers along the slow and the fast axis, for the topology that tells them apart."""
+SIZE = 93
+"""Of the leaf with which several tests share one compiled program."""
 
 
 @functools.cache
@@ -160,14 +162,14 @@ DENSE = {name: globals()[f"dense_{name}"] for name in TOPOLOGIES}
 @pytest.mark.parametrize("num_workers", [3, 4])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_equals_the_dense_reference(topology, num_workers, two_sided):
-    x, rest = draw(num_workers, 93), draw(num_workers, 93, seed=1) / 9
+    x, rest = draw(num_workers, SIZE), draw(num_workers, SIZE, seed=1) / 9
     codec = error_feedback(int8(16), two_sided)
     mean, owed = mean_of(x, topology, codec, rest)
     expected_mean, expected_owed = DENSE[topology](x + rest, two_sided)
-    np.testing.assert_allclose(mean, expected_mean[:93], atol=2e-6)
-    np.testing.assert_allclose(owed, expected_owed[:, :93], atol=1e-5)
+    np.testing.assert_allclose(mean, expected_mean[:SIZE], atol=2e-6)
+    np.testing.assert_allclose(owed, expected_owed[:, :SIZE], atol=1e-5)
     alone, _ = mean_of(x + rest, topology, int8(16))
-    np.testing.assert_allclose(alone, expected_mean[:93], atol=2e-6)
+    np.testing.assert_allclose(alone, expected_mean[:SIZE], atol=2e-6)
 
 
 # --- What holds whatever the codec --------------------------------------------------------------
@@ -197,7 +199,8 @@ def check_debt(topology, codec, x, **where):
 
 @pytest.mark.parametrize(
     ("num_workers", "codec"),
-    [(2, "int8"), (3, "int8"), (8, "int8"), *((4, name) for name in CODECS), (3, "stochastic")],
+    # Three and four workers with int8: their residuals equal the dense reference's, above.
+    [(2, "int8"), (8, "int8"), (4, "stochastic"), (3, "stochastic"), (4, "top_k")],
 )
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_residuals_average_to_what_the_mean_still_owes(topology, num_workers, codec):
@@ -248,18 +251,18 @@ def test_one_slow_worker_is_exact():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_value_that_is_not_finite_reaches_the_mean_alone(topology, bad):
-    x = np.ones((3, 200), np.float32)
-    x[2, 133] = bad
+    x = np.ones((3, SIZE), np.float32)
+    x[2, 60] = bad
     mean, rest = mean_of(x, topology, error_feedback(int8(16)), np.zeros_like(x))
-    assert not np.isfinite(mean[133])
-    assert np.isfinite(mean[:100]).all()
+    assert not np.isfinite(mean[60])
+    assert np.isfinite(mean[:30]).all()
     assert np.isfinite(rest).all()
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_error_feedback_pays_its_debt_over_rounds(topology):
     """The sum of T means differs from the sum of exact ones by one residual, not by T errors."""
-    x = draw(4, 64)
+    x = draw(4, SIZE)
     rest, total = np.zeros_like(x), 0
     for _ in range(20):
         mean, rest = mean_of(x, topology, error_feedback(int8(16)), rest)
