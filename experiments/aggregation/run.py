@@ -204,6 +204,7 @@ def table_of(config: Config, rows: list[Row]) -> Table:
 def plot(config: Config, rows: list[Row]) -> None:
     """Test loss against bytes, a point per method, a dot per run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(11, 6), layout="constrained")
     panel = figure.subplots()
@@ -218,9 +219,13 @@ def plot(config: Config, rows: list[Row]) -> None:
         panel.plot(megabytes, loss, marker, color=colour, ms=8, label=name)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.3, 0.5, 1, 2]))
+    panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     panel.set_xlabel("MB that a device sent")
     panel.set_ylabel(f"test loss after {config.steps} steps, nats; dots: single runs")
-    panel.grid(alpha=0.3, which="both")
+    panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(config.out / "aggregation.png", dpi=80)
 
