@@ -66,8 +66,12 @@ class Bench:
 
     def __init__(self, size: Size) -> None:
         self.mesh: Mesh = make_mesh({"data": NUM_WORKERS}, devices=jax.devices()[:NUM_WORKERS])
-        graphdef, weights = nnx.split(Transformer(size.model, rngs=nnx.Rngs(0)))
-        self.params = nnx.to_pure_dict(weights)
+
+        def model() -> Transformer:
+            return Transformer(size.model, rngs=nnx.Rngs(0))
+
+        graphdef = nnx.graphdef(nnx.eval_shape(model))
+        self.params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model())))()
         shape = (NUM_WORKERS * size.samples, size.seq + 1)
         tokens = jax.random.randint(jax.random.key(0), shape, 0, size.model.vocab_size)
         self.batch = jax.device_put(
