@@ -46,15 +46,15 @@ E3M0 = ", e3m0"
 FRAGMENTS, DELAY, MIXING = 4, 5, 0.5
 
 METHODS = {
-    SYNCHRONOUS: Method(8e-3),
-    "H=1": Method(8e-3, 1),
-    "H=4": Method(8e-3, 4),
-    "H=16": Method(8e-3, 16),
-    "H=64": Method(8e-3, 64),
-    DILOCO: Method(8e-3, 50, (0.7, 0.8)),
-    DILOCO + E3M0: Method(8e-3, 50, (0.7, 0.8), compressed=True),
-    STREAMING: Method(8e-3, 50, (0.7, 0.8), FRAGMENTS),
-    STREAMING + E3M0: Method(8e-3, 50, (0.7, 0.8), FRAGMENTS, compressed=True),
+    SYNCHRONOUS: Method(24e-3),
+    "H=1": Method(16e-3, 1),
+    "H=4": Method(16e-3, 4),
+    "H=16": Method(16e-3, 16),
+    "H=64": Method(16e-3, 64),
+    DILOCO: Method(12e-3, 50, (0.7, 0.8)),
+    DILOCO + E3M0: Method(12e-3, 50, (0.7, 0.8), compressed=True),
+    STREAMING: Method(12e-3, 50, (0.7, 0.9), FRAGMENTS),
+    STREAMING + E3M0: Method(12e-3, 50, (0.7, 0.9), FRAGMENTS, compressed=True),
 }
 
 

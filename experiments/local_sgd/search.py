@@ -1,4 +1,4 @@
-"""The search for learning rates: four runs for each method, on half the steps and another seed.
+"""The search for learning rates: six runs for each method, on half the steps and another seed.
 
 python experiments/local_sgd/search.py
 """
@@ -19,13 +19,13 @@ from experiments.local_sgd.config import Config
 from experiments.local_sgd.methods import METHODS, Method
 from experiments.local_sgd.run import make_task, slug, train
 
-PEAKS = (4e-3, 8e-3, 12e-3, 16e-3)
-PEAKS_WITH_OUTER = (4e-3, 8e-3)
+PEAKS = (4e-3, 8e-3, 12e-3, 16e-3, 24e-3, 32e-3)
+PEAKS_WITH_OUTER = (4e-3, 8e-3, 12e-3)
 OUTER = ((0.7, 0.9), (0.7, 0.8))
 
 
 def candidates(method: Method) -> list[tuple[str, Method]]:
-    """Four of each kind; with e3m0 none, they take what is found for f32."""
+    """Six of each kind; with e3m0 none, they take what is found for f32."""
     if method.compressed:
         return []
     if method.outer is None:
