@@ -39,7 +39,7 @@ named:
 	echo 'make experiment NAME=...: one of'; ls experiments/*/run.py; exit 1; }
 
 test: lint
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # In an environment of its own: with libtpu beside it, JAX would look for a TPU everywhere else.
 test-tpu:

@@ -121,7 +121,9 @@ def test_removed_after_an_error_with_a_process_still_inside():
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_removed_when_the_run_is_terminated(end):
     script = (
-        "import time\n"
+        "import signal, time\n"
+        # A shell's background jobs, and so their children, ignore Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from benchmarks.namespaces import linked_workers\n"
         "with linked_workers(2):\n"
         "    print('up', flush=True)\n"
@@ -137,7 +139,10 @@ def test_removed_when_the_run_is_terminated(end):
         assert process.stdout.readline() == b"up\n"
         assert left_behind(process.pid)
         process.send_signal(end)
-        assert process.wait(timeout=30) != 0
+        try:
+            assert process.wait(timeout=30) != 0
+        finally:
+            process.kill()
     assert not left_behind(process.pid)
 
 
