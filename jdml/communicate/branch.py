@@ -54,11 +54,10 @@ def first_branch(name: str) -> dict[str, jax.Array]:
 
 
 def _alike(branches: Sequence[Callable[[], T]]) -> list[Callable[[], T]]:
-    """The branches with results of one type; jitted, so that each is traced once and not twice."""
-    jitted = [jax.jit(f) for f in branches]
+    """The branches with results of one type."""
     varying = jax.tree.map(
         lambda *leaves: frozenset[str]().union(*map(varying_axes, leaves)),
-        *(jax.eval_shape(f) for f in jitted),
+        *(jax.eval_shape(f) for f in branches),
     )
 
     def mark(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -68,4 +67,4 @@ def _alike(branches: Sequence[Callable[[], T]]) -> list[Callable[[], T]]:
     def typed(f: Callable[[], T]) -> Callable[[], T]:
         return lambda: jax.tree.map(mark, f(), varying)
 
-    return [typed(f) for f in jitted]
+    return [typed(f) for f in branches]

@@ -64,7 +64,7 @@ WORKING = {
     "adasum": 1.5,
     "backup_workers, one missing": 0,
     "EASGD": 1,
-    "consensus_admm": 2.5,
+    "consensus_admm": 2,
     "streaming DiLoCo": 1,
     "streaming DiLoCo, delayed and mixed": 1.5,
     "parameter_server": 0.5,
