@@ -12,6 +12,7 @@ parallelism keeps N times: with ``zero=1`` the optimiser state, with ``zero=2`` 
 """
 
 import math
+from itertools import combinations
 from typing import Any, Literal
 
 import jax
@@ -143,16 +144,20 @@ def _like(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: A
 
 
 def _is_slice(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: P, mesh: AnyMesh) -> bool:
-    """Whether one dim is a whole part of the parameter's, and the spec still divides all."""
-    if len(shape) != len(param_shape):
+    """Whether one dim is the part of one of so many as axes that the spec leaves free have.
+
+    A low-rank factor has one shorter dim too, but not for a number of devices.
+    """
+    if len(shape) != len(param_shape) or 0 in shape:
         return False
-    shorter = [n for n, size in zip(param_shape, shape, strict=True) if size != n]
-    parts = [num_parts(entry, mesh) for entry in spec]
+    shares = [n / size for n, size in zip(param_shape, shape, strict=True) if size != n]
+    used = {axis for entry in spec for axis in axes_of(entry)}
+    free = [mesh.shape[axis] for axis in mesh.axis_names if axis not in used]
+    owners = {math.prod(some) for k in range(len(free)) for some in combinations(free, k + 1)}
     return (
-        len(shorter) == 1
-        and 0 not in shape
-        and all(n % size == 0 for n, size in zip(param_shape, shape, strict=True))
-        and all(size % n == 0 for size, n in zip(shape, parts, strict=False))
+        len(shares) == 1
+        and shares[0] in owners
+        and all(size % num_parts(e, mesh) == 0 for size, e in zip(shape, spec, strict=False))
     )
 
 

@@ -106,16 +106,17 @@ def test_history_of_several_steps():
 @pytest.mark.parametrize(
     ("shape", "spec", "expected"),
     [
-        ((8, 4), P("fsdp", "model"), P("fsdp", "model")),
-        ((2, 16), P(None, "model"), P(None, "model")),
-        ((2, 16), P("fsdp", "model"), P()),  # fsdp=4 does not divide it
-        ((4, 8), P("fsdp", "model"), P()),  # not one dim alone
-        ((8, 6), P("fsdp", "model"), P()),  # no whole part of 16
+        ((1, 16), P(None, "fsdp"), P(None, "fsdp")),
+        ((4, 4), P(None, "fsdp"), P(None, "fsdp")),
+        ((1, 16), P("fsdp"), P()),  # fsdp=2 does not divide it
+        ((4, 8), P("fsdp"), P()),  # no part for data=4: a low-rank factor, say
+        ((1, 4), P(None, "fsdp"), P()),  # not one dim alone
+        ((4, 6), P("fsdp"), P()),  # no whole part of 16
     ],
 )
 def test_a_slice_lies_like_its_parameter_where_the_mesh_divides_it(shape, spec, expected):
-    mesh = make_mesh({"fsdp": 4, "model": 2})
-    params, moments = {"w": jnp.zeros((8, 16))}, {"w": jnp.zeros(shape)}
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    params, moments = {"w": jnp.zeros((4, 16))}, {"w": jnp.zeros(shape)}
     assert optimizer_specs({"mu": moments}, params, {"w": spec}, mesh=mesh)["mu"]["w"] == expected
     assert optimizer_specs({"mu": moments}, params, {"w": spec})["mu"]["w"] == P()
 
