@@ -5,33 +5,25 @@ One object for every backend. It never computes a gradient and never sleeps but 
 """
 
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from jdml.communicate.pace.attendance import Attendance
 from jdml.communicate.pace.barrier import Barriers
-from jdml.communicate.pace.errors import Closed, StaleTimeout
-from jdml.communicate.pace.members import Member, Pulled
-from jdml.communicate.pace.messages import (
-    Ack,
-    Applied,
-    Arrival,
-    MemberInfo,
-    Registration,
-    Snapshot,
-    Traffic,
-)
+from jdml.communicate.pace.errors import StaleTimeout
+from jdml.communicate.pace.members import Pulled
+from jdml.communicate.pace.messages import Ack, Applied, Arrival, Snapshot, Traffic
 from jdml.communicate.pace.model import Model
 from jdml.communicate.pace.payload import Format, Parcel, Sender, split_content
-from jdml.communicate.pace.rules.base import Book, Rule
-from jdml.communicate.pace.waiting import Waiting, who_is_awaited
+from jdml.communicate.pace.rules.base import Rule
+from jdml.communicate.pace.waiting import who_is_awaited
 
 PyTree = Any
 
 
-class Server:
+class Server(Attendance):
     """Holds the parameters; a :class:`Rule` says who may read when, and what an update does.
 
     All methods may be called from any thread. Every pull returns what was complete at one moment;
@@ -83,11 +75,8 @@ class Server:
         rule.check(num_workers)
         push_codec, self._feedback = split_content(push, "push")
         pull_codec, _ = split_content(pull, "pull")
-        self.num_workers, self.now = num_workers, now
         self.push_format = Format(params, push_codec)
-        self.traffic = Traffic()
-        self._lease, self._seed = lease, seed
-        self._model = Model(
+        model = Model(
             params,
             rule,
             num_workers,
@@ -96,91 +85,9 @@ class Server:
             seed,
             on_applied,
         )
-        self._barriers = Barriers()
-        self._num_registered = 0
-        self._closed = ""
-        self._changed = threading.Condition(threading.RLock())
-        self._waiting = Waiting(self._changed, self)
-        self.progress = 0
-        """Grows whenever a pull that had to wait might be answered."""
-
-    # Taking part.
-
-    def register(self, worker: int, incarnation: int = 0) -> Registration:
-        """Takes a worker in, or a newer incarnation of one, which fences the older.
-
-        Args:
-          worker: Its number, an int >= 0; updates of one version are added in this order.
-          incarnation: Which of its lives, growing.
-
-        Raises:
-          ValueError: that incarnation is a member already, or the number is none.
-          Evicted: a newer incarnation is known.
-        """
-        for name, value in (("worker", worker), ("incarnation", incarnation)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"register({name}={value!r}): expected an int >= 0.")
-        self._model.rule.apply.check_worker(worker, self.num_workers)
-        with self._changed:
-            self._check_open()
-            new = worker not in self._book.counted
-            member = self._book.members.register(worker, incarnation, self.now())
-            self._num_registered += new
-            self._book.counted[worker] = self._book.version
-            self._settle()
-            return Registration(member.clock, self._book.version)
-
-    def heartbeat(self, worker: int, incarnation: int) -> None:
-        """Says that a worker is alive; pull and push do so, too.
-
-        Raises:
-          Evicted: it is no member.
-        """
-        with self._changed:
-            self._find(worker, incarnation)
-
-    def members(self) -> dict[int, MemberInfo]:
-        """The live members, by number."""
-        with self._changed:
-            self.expire()
-            now = self.now()
-            return {
-                worker: MemberInfo(m.incarnation, m.clock, 0.0 if m.waiting else now - m.last_seen)
-                for worker, m in sorted(self._book.members.live())
-            }
-
-    def evict(self, worker: int, why: str = "evicted") -> None:
-        """Takes a worker out: nobody waits for it any more, and its own calls raise `Evicted`."""
-        with self._changed:
-            if self._book.members.evict(worker, why):
-                self._settle()
-
-    def expire(self) -> list[int]:
-        """Evicts the members whose lease is over; who they were."""
-        if self._lease == math.inf:
-            return []
-        with self._changed:
-            now = self.now()
-            late = [
-                worker
-                for worker, m in self._book.members.live()
-                if not m.waiting and now - m.last_seen > self._lease
-            ]
-            for worker in late:
-                self.evict(worker, f"silent for longer than the lease of {self._lease:g}")
-            return late
-
-    def close(self, why: str = "the run is over") -> None:
-        """Ends it: whoever waits, or calls from now on, gets `Closed`."""
-        with self._changed:
-            self._closed = why
-            self.progress += 1
-            self._changed.notify_all()
-
-    @property
-    def lease(self) -> float:
-        """How long a member may say nothing."""
-        return self._lease
+        super().__init__(model, num_workers, lease, now)
+        self.traffic = Traffic()
+        self._seed = seed
 
     # Reading.
 
@@ -188,11 +95,6 @@ class Server:
     def version(self) -> int:
         """How many times the parameters have been changed."""
         return self._book.version
-
-    @property
-    def min_clock(self) -> int:
-        """The least clock of the live members."""
-        return self._book.members.min_clock
 
     @property
     def params(self) -> PyTree:
@@ -209,15 +111,6 @@ class Server:
     def staleness(self) -> Counter[int]:
         """How many applied updates were how many clocks stale (``Arrival.staleness``)."""
         return self._model.staleness
-
-    def clock(self, worker: int) -> int:
-        """A member's clock: its pushes that have come without a gap.
-
-        Raises:
-          Evicted: it is no member.
-        """
-        with self._changed:
-            return self._book.members.find(worker).clock
 
     def try_pull(
         self,
@@ -290,31 +183,6 @@ class Server:
                 )
         assert snapshot is not None
         return snapshot
-
-    def barrier(self, name: str, worker: int, timeout: float | None = None) -> None:
-        """Waits until every live member has come to the barrier of that name.
-
-        Raises:
-          StaleTimeout: they did not within ``timeout`` wall seconds; they are named.
-          Evicted, Closed: as :meth:`pull`.
-        """
-        with self._changed:
-            self._find(worker, None)
-            generation = self._barriers.arrive(name, worker)
-            self._settle()
-
-            def over() -> bool:
-                done = self._barriers.is_over(name, generation)
-                if not done:
-                    self._find(worker, None)
-                return done
-
-            if not self._waiting.until(worker, over, timeout):
-                missing = self._barriers.missing(name, self._book.members)
-                self._barriers.leave(name, worker)
-                raise StaleTimeout(
-                    f"barrier {name!r}: worker {worker} waited {timeout:g} s for workers {missing}."
-                )
 
     # Writing.
 
@@ -406,34 +274,3 @@ class Server:
             self.traffic = Traffic(*state["traffic"])
             self._barriers = Barriers()
             self._announce()
-
-    # Inside, where the lock is held.
-
-    def find_member(self, worker: int) -> Member:
-        """A live member's record."""
-        return self._book.members.find(worker)
-
-    @property
-    def _book(self) -> Book:
-        return self._model.book
-
-    def _find(self, worker: int, incarnation: int | None) -> Member:
-        self._check_open()
-        member = self._book.members.find(worker, incarnation)
-        member.last_seen = self.now()
-        return member
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Closed(f"the server is closed: {self._closed}")
-
-    def _settle(self) -> None:
-        """After members came or went."""
-        self._model.release()
-        if self._num_registered >= self.num_workers:
-            self._barriers.open_due(self._book.members)
-        self._announce()
-
-    def _announce(self) -> None:
-        self.progress += 1
-        self._changed.notify_all()
