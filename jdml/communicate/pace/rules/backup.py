@@ -20,25 +20,26 @@ class Backup(Pace):
                 f"{num_workers - 1} can be spared."
             )
 
+    # Held by worker, at most one update of each.
+
     def may_read(self, book: Book, worker: int, clock: int, max_staleness: float) -> bool:
         # Only its own update of this round keeps it waiting.
-        return all(arrival.worker != worker for arrival in book.held.get(0, ()))
+        return worker not in book.held
 
     def hold(self, book: Book, arrival: Arrival) -> bool:
-        if arrival.base_version != book.version:
+        if arrival.base_version != book.version or arrival.worker in book.held:
             return False
-        held = book.held.setdefault(0, [])
-        if any(other.worker == arrival.worker for other in held):
-            return False
-        held.append(arrival)
+        book.held[arrival.worker] = [arrival]
         return True
 
     def due(self, book: Book) -> Sequence[Arrival]:
-        held = book.held.get(0, ())
+        held = book.held
         enough = min(book.num_workers - self.num_backups, book.members.num_live)
         if not held or len(held) < enough:
             return ()
-        return sorted(book.held.pop(0), key=lambda arrival: arrival.worker)
+        batch = [arrival for _, (arrival,) in sorted(held.items())]
+        held.clear()
+        return batch
 
 
 def backup(num_backups: int) -> Backup:

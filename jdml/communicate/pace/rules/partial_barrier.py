@@ -21,26 +21,26 @@ class PartialBarrier(Pace):
                 "is how many of them a round waits for."
             )
 
+    # Held by worker: a later report takes the place of an earlier one.
+
     def may_read(self, book: Book, worker: int, clock: int, max_staleness: float) -> bool:
-        return all(arrival.worker != worker for arrival in book.held.get(0, ()))
+        return worker not in book.held
 
     def hold(self, book: Book, arrival: Arrival) -> bool:
-        held = book.held.setdefault(0, [])
-        # A later report of the same worker takes the place of its earlier one.
-        held[:] = [other for other in held if other.worker != arrival.worker]
-        held.append(arrival)
+        book.held[arrival.worker] = [arrival]
         return True
 
     def due(self, book: Book) -> Sequence[Arrival]:
-        held = book.held.get(0, ())
+        held = book.held
         if not held or len(held) < min(self.num_reports, book.members.num_live):
             return ()
-        reported = {arrival.worker for arrival in held}
         for worker, _ in book.members.live():
             age = book.version - book.counted.get(worker, 0) + 1
-            if age >= self.max_age and worker not in reported:
+            if age >= self.max_age and worker not in held:
                 return ()
-        return sorted(book.held.pop(0), key=lambda arrival: arrival.worker)
+        batch = [arrival for _, (arrival,) in sorted(held.items())]
+        held.clear()
+        return batch
 
 
 def partial_barrier(num_reports: int, max_age: int) -> PartialBarrier:
