@@ -56,6 +56,18 @@ class Attendance:
             self._settle()
             return Registration(member.clock, self._book.version)
 
+    def skip_to(self, worker: int, incarnation: int, clock: int) -> None:
+        """Says that a worker's next push has that number, and that none of an earlier one comes.
+
+        For one that has pushed nothing since it registered, where another server knows more of it.
+
+        Raises:
+          Evicted: it is no member.
+        """
+        with self._changed:
+            self._book.members.skip_to(self._find(worker, incarnation), clock)
+            self._settle()
+
     def heartbeat(self, worker: int, incarnation: int) -> None:
         """Says that a worker is alive; pull and push do so, too.
 

@@ -115,6 +115,13 @@ class Members:
         for version in [v for v in member.pulled if v < base_version]:
             del member.pulled[version]
 
+    def skip_to(self, member: Member, clock: int) -> None:
+        """Moves a member's clock on to ``clock``: what it left out will never come."""
+        if clock > member.clock:
+            before, member.clock = member.clock, clock
+            member.ahead = {seq for seq in member.ahead if seq >= clock}
+            self._move(before, clock)
+
     def evict(self, worker: int, why: str) -> bool:
         """Takes a worker out; whether it was in."""
         member = self._all.get(worker)

@@ -76,6 +76,16 @@ class Format:
                 )
         return arrays
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A treedef with nodes of a class of its own cannot be pickled; a tree can.
+        state = self.__dict__.copy()
+        treedef = state.pop("treedef")
+        return state | {"like": jax.tree.unflatten(treedef, range(treedef.num_leaves))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.treedef = jax.tree.structure(self.__dict__.pop("like"))
+
     def tree(self, leaves: Leaves) -> PyTree:
         return jax.tree.unflatten(self.treedef, leaves)
 

@@ -1,7 +1,7 @@
 """Parameters spread over several servers, each with an equal share of the bytes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,8 +95,19 @@ class ShardedServer:
                 f"ShardedServer(num_servers={num_servers}): the parameters' "
                 f"{sum(x.size for x in leaves)} elements leave some of them without any."
             )
-        self.servers = [Server(tree, rule, num_workers, **options) for tree in self.split(leaves)]
+        self.servers = [
+            self._server(number, tree, rule, num_workers, **options)
+            for number, tree in enumerate(self.split(leaves))
+        ]
         self.num_workers, self.now = num_workers, self.servers[0].now
+
+    def _server(self, number: int, *args: Any, **options: Any) -> Server:
+        """Makes one of them."""
+        return Server(*args, **options)
+
+    def _each(self, call: Callable[..., Any], *args: Iterable[Any]) -> list[Any]:
+        """``call(server, *its arguments)`` for every server, in order."""
+        return [call(*each) for each in zip(self.servers, *args, strict=True)]
 
     def split(self, leaves: Leaves) -> list[dict[str, np.ndarray]]:
         """Each server's pieces, by name; views."""
@@ -127,13 +138,19 @@ class ShardedServer:
     # What Server has.
 
     def register(self, worker: int, incarnation: int = 0) -> Registration:
-        """As ``Server.register``, at each; the greatest clock."""
-        answers = [s.register(worker, incarnation) for s in self.servers]
-        return Registration(max(a.clock for a in answers), self.version)
+        """As ``Server.register``, at each; the greatest clock, to which all of them move on.
+
+        A worker that died between two servers has pushed more at the one than at the other.
+        """
+        answers = self._each(lambda s: s.register(worker, incarnation))
+        clock = max(a.clock for a in answers)
+        for s, answer in zip(self.servers, answers, strict=True):
+            if answer.clock < clock:
+                s.skip_to(worker, incarnation, clock)
+        return Registration(clock, min(a.version for a in answers))
 
     def heartbeat(self, worker: int, incarnation: int) -> None:
-        for s in self.servers:
-            s.heartbeat(worker, incarnation)
+        self._each(lambda s: s.heartbeat(worker, incarnation))
 
     def members(self) -> dict[int, MemberInfo]:
         """Those that are members of every server."""
@@ -208,7 +225,7 @@ class ShardedServer:
         **at: Any,
     ) -> ShardedSnapshot:
         """As ``Server.pull``; ``timeout`` is each server's."""
-        return self._together([s.pull(worker, max_staleness, timeout, **at) for s in self.servers])
+        return self._together(self._each(lambda s: s.pull(worker, max_staleness, timeout, **at)))
 
     def _together(self, shards: Sequence[Snapshot]) -> ShardedSnapshot:
         return ShardedSnapshot(
@@ -236,10 +253,11 @@ class ShardedServer:
             parts: Sequence[Any] = self.split(self.format.leaves(update, "push"))
         else:
             parts = update.content
-        acks = [
-            s.push(worker, incarnation, seq, part, version)
-            for s, part, version in zip(self.servers, parts, base_version, strict=True)
-        ]
+        acks = self._each(
+            lambda s, part, version: s.push(worker, incarnation, seq, part, version),
+            parts,
+            base_version,
+        )
         return Ack(
             min(a.version for a in acks),
             all(a.accepted for a in acks),
