@@ -219,7 +219,7 @@ class Checkpointer:
 
     def restore(
         self,
-        abstract_state: PyTree,
+        abstract_state: PyTree | None,
         step: int | None = None,
         residual: ResidualPolicy = "sum",
     ) -> Restored:
@@ -236,7 +236,8 @@ class Checkpointer:
         much in the mean, as the workers' gradients do; ``"mean"`` keeps what the mean owes.
 
         Args:
-          abstract_state: Pytree of ``jax.ShapeDtypeStruct`` with shardings, or of arrays.
+          abstract_state: Pytree of ``jax.ShapeDtypeStruct`` with shardings, or of arrays. ``None``:
+            whatever was saved, as ``{path: array}`` on this process's first device.
           step: This step and no other; the newest by default.
           residual: ``"sum"``; ``"mean"``, which multiplies by ``K' / K`` as well; or ``"reset"``,
             which begins with zeros whatever was saved, and reads none of it, on the same number of
@@ -251,8 +252,8 @@ class Checkpointer:
         self.wait()
         residuals.check_policy(residual)
         owed = residuals.debts(abstract_state)
-        wanted = leaves.by_path(abstract_state)
-        leaves.check_shardings(wanted)
+        wanted = None if abstract_state is None else leaves.by_path(abstract_state)
+        leaves.check_shardings(wanted or {})
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -261,6 +262,8 @@ class Checkpointer:
         for candidate in reversed(steps) if step is None else [step]:
             arrays, data, reason = self._read(candidate, wanted, owed, residual)
             if reason is None:
+                if wanted is None:
+                    return Restored(arrays, data, candidate)
                 structure = jax.tree.structure(abstract_state)
                 state = jax.tree.unflatten(structure, [arrays[path] for path in wanted])
                 return Restored(state, data, candidate)
@@ -280,7 +283,7 @@ class Checkpointer:
     def _read(
         self,
         step: int,
-        wanted: dict[str, Any],
+        wanted: dict[str, Any] | None,
         owed: frozenset[str],
         policy: ResidualPolicy,
     ) -> tuple[dict[str, jax.Array], Any, str | None]:
@@ -290,6 +293,8 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             return {}, None, str(error)
         self._refuse_other_record(step, about)
+        if wanted is None:
+            wanted = leaves.as_recorded(about["leaves"])
         plan = residuals.plan(about, wanted, owed, policy)
         if plan.refusal:
             raise ValueError(f"the checkpoint of step {step} in {self.folder} {plan.refusal}")

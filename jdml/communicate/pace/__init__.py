@@ -18,7 +18,10 @@ parameters; workers pull them, compute, and push what they found, each at its ow
       async_admm(num_reports=4, max_age=3)           # partial barrier, bounded delay
 
 - ``workers/``: what one worker does, as a generator of requests: any loss, any local Optax chain;
-- backends, which answer those requests: ``virtual/`` simulates clocks and a network.
+- backends, which answer those requests: ``threads/`` has a thread and a device for each worker,
+  and Hogwild, which needs no server; ``virtual/`` simulates clocks and a network. ``drive.py`` is
+  the loop of a worker in wall time, ``supervise.py`` what follows when one fails, ``whole.py``
+  what is saved of a run.
 
 ``arrivals.py`` has the models of the clocks, which lockstep methods use too.
 """
@@ -61,6 +64,13 @@ from jdml.communicate.pace.rules import synchronous as synchronous
 from jdml.communicate.pace.server import Server as Server
 from jdml.communicate.pace.sharded import AnyServer as AnyServer
 from jdml.communicate.pace.sharded import ShardedServer as ShardedServer
+from jdml.communicate.pace.supervise import OnFailure as OnFailure
+from jdml.communicate.pace.threads import HogwildRun as HogwildRun
+from jdml.communicate.pace.threads import Rows as Rows
+from jdml.communicate.pace.threads import WallEvaluation as WallEvaluation
+from jdml.communicate.pace.threads import WallRun as WallRun
+from jdml.communicate.pace.threads import hogwild as hogwild
+from jdml.communicate.pace.threads import run_threads as run_threads
 from jdml.communicate.pace.virtual import Network as Network
 from jdml.communicate.pace.virtual import Outage as Outage
 from jdml.communicate.pace.virtual import VirtualClock as VirtualClock
@@ -70,6 +80,7 @@ from jdml.communicate.pace.virtual import simulate as simulate
 from jdml.communicate.pace.workers import AdmmWorker as AdmmWorker
 from jdml.communicate.pace.workers import ElasticWorker as ElasticWorker
 from jdml.communicate.pace.workers import OptaxTask as OptaxTask
+from jdml.communicate.pace.workers import RememberingTask as RememberingTask
 from jdml.communicate.pace.workers import SgdWorker as SgdWorker
 from jdml.communicate.pace.workers import Task as Task
 from jdml.communicate.pace.workers import Towards as Towards

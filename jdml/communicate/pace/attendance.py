@@ -58,6 +58,18 @@ class Attendance:
 
     def skip_to(self, worker: int, incarnation: int, clock: int) -> None:
         """Says that a worker's next push has that number, and that none of an earlier one comes.
+    def resume(self, worker: int) -> tuple[int, int] | None:
+        """``(incarnation, clock)`` of a member whose next run goes on where its last one ended.
+
+        ``None`` for one that must register: it is no member, or a push of its is missing.
+        """
+        with self._changed:
+            self._check_open()
+            if not self._book.members.is_live(worker):
+                return None
+            member = self._find(worker, None)
+            return None if member.ahead else (member.incarnation, member.clock)
+
 
         For one that has pushed nothing since it registered, where another server knows more of it.
 
@@ -122,6 +134,11 @@ class Attendance:
 
     @property
     def min_clock(self) -> int:
+    def last_incarnation(self, worker: int) -> int:
+        """The newest life of a worker that the server knows of, be it over; -1: none."""
+        with self._changed:
+            return self._book.members.last_incarnation(worker)
+
         """The least clock of the live members."""
         return self._book.members.min_clock
 

@@ -136,6 +136,11 @@ class Members:
     def live(self) -> Iterable[tuple[int, Member]]:
         return ((worker, m) for worker, m in self._all.items() if m.live)
 
+    def last_incarnation(self, worker: int) -> int:
+        """The newest that ever registered, or -1."""
+        member = self._all.get(worker)
+        return -1 if member is None else member.incarnation
+
     def is_live(self, worker: int) -> bool:
         member = self._all.get(worker)
         return member is not None and member.live

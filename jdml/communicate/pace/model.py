@@ -82,7 +82,8 @@ class Model:
         book = self.book
         return {
             "leaves": self.leaves,
-            "apply": self.apply_state,
+            "num_workers": book.num_workers,
+            "apply": jax.tree.leaves(self.apply_state),
             "version": book.version,
             "held": {slot: [tuple(a) for a in held] for slot, held in book.held.items()},
             "counted": dict(book.counted),
@@ -91,8 +92,18 @@ class Model:
         }
 
     def restore(self, state: dict[str, Any], now: float) -> None:
-        self.leaves = tuple(frozen(x) for x in state["leaves"])
-        self.apply_state = state["apply"]
+        leaves = self.push_format.checked(state["leaves"])
+        before = Book(state["num_workers"], self.push_format, Members())
+        structure: Any = jax.tree.structure(self.rule.apply.init(leaves, before))
+        if structure.num_leaves != len(state["apply"]):
+            raise ValueError(
+                f"restore: the rule's state was saved with {len(state['apply'])} leaves, and "
+                f"{self.rule.apply} keeps {structure.num_leaves}: another rule."
+            )
+        self.leaves = tuple(frozen(x) for x in leaves)
+        self.apply_state = self.rule.apply.resized(
+            jax.tree.unflatten(structure, state["apply"]), self.leaves, self.book.num_workers
+        )
         self.book = Book(
             self.book.num_workers,
             self.push_format,

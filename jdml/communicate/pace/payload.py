@@ -6,6 +6,7 @@ sent, and not what a formula says of them.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,6 +86,25 @@ class Format:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.treedef = jax.tree.structure(self.__dict__.pop("like"))
+
+    def checked(self, leaves: Sequence[np.ndarray]) -> Leaves:
+        """Leaves that were saved, if they are like these.
+
+        Raises:
+          ValueError: their number, a shape or a dtype differs; the first such leaf is named.
+        """
+        if len(leaves) != len(self.paths):
+            raise ValueError(
+                f"restore: {len(leaves)} leaves were saved, and the parameters have "
+                f"{len(self.paths)}: another model."
+            )
+        for x, path, shape, dtype in zip(leaves, self.paths, self.shapes, self.dtypes, strict=True):
+            if (x.shape, x.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"restore: leaf {path!r} was saved as {x.dtype}{list(x.shape)}, and is "
+                    f"{dtype}{list(shape)} here: another model."
+                )
+        return tuple(leaves)
 
     def tree(self, leaves: Leaves) -> PyTree:
         return jax.tree.unflatten(self.treedef, leaves)

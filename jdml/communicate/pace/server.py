@@ -265,9 +265,16 @@ class Server(Attendance):
     def restore(self, state: dict[str, Any]) -> None:
         """Makes this server what another was at its :meth:`snapshot`, bit for bit.
 
-        The same parameters' tree, rule and number of workers are taken for granted. Leases start
-        anew, barriers are empty; whoever waits looks again.
+        The same rule is taken for granted. Leases start anew, barriers are empty; whoever waits
+        looks again. This server may start with another number of workers: then those that have
+        never registered are waited for, and those that will not return are for the caller to evict.
+
+        Raises:
+          ValueError: another model (the leaf is named), another rule's state, or the state of a
+            sharded server.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"restore: saved by {len(state)} servers, and this is one alone.")
         with self._changed:
             self._model.restore(state, self.now())
             self._num_registered = state["num_registered"]

@@ -149,6 +149,11 @@ class ShardedServer:
                 s.skip_to(worker, incarnation, clock)
         return Registration(clock, min(a.version for a in answers))
 
+    def resume(self, worker: int) -> tuple[int, int] | None:
+        """As ``Server.resume``; ``None`` where the servers do not agree."""
+        standings = {s.resume(worker) for s in self.servers}
+        return standings.pop() if len(standings) == 1 else None
+
     def heartbeat(self, worker: int, incarnation: int) -> None:
         self._each(lambda s: s.heartbeat(worker, incarnation))
 
@@ -203,6 +208,9 @@ class ShardedServer:
             max(t.pulls for t in each),
             sum(t.pulled_bytes for t in each),
         )
+
+    def last_incarnation(self, worker: int) -> int:
+        return max(s.last_incarnation(worker) for s in self.servers)
 
     def clock(self, worker: int) -> int:
         return min(s.clock(worker) for s in self.servers)
@@ -269,6 +277,12 @@ class ShardedServer:
         return [s.snapshot() for s in self.servers]
 
     def restore(self, state: Sequence[dict[str, Any]]) -> None:
+        num_saved = 1 if isinstance(state, dict) else len(state)
+        if num_saved != len(self.servers) or isinstance(state, dict):
+            raise ValueError(
+                f"restore: saved by {num_saved} server(s), and there are {len(self.servers)}: each "
+                "holds a share of its own."
+            )
         for s, own in zip(self.servers, state, strict=True):
             s.restore(own)
 
@@ -278,6 +292,23 @@ class ShardedSender:
 
     def __init__(self, server: ShardedServer, senders: Sequence[Sender]) -> None:
         self._server, self._senders = server, senders
+
+    @property
+    def residual(self) -> Leaves | None:
+        """What error feedback owes, laid out like the parameters."""
+        owed = [send.residual for send in self._senders]
+        if all(r is None for r in owed):
+            return None
+        return tuple(jax.tree.leaves(self._server.join([r for r in owed if r is not None])))
+
+    @residual.setter
+    def residual(self, residual: Leaves | None) -> None:
+        if residual is None:
+            for send in self._senders:
+                send.residual = None
+            return
+        for send, part in zip(self._senders, self._server.split(residual), strict=True):
+            send.residual = tuple(jax.tree.leaves(part))
 
     def __call__(self, update: PyTree, seq: int) -> Parcel:
         parts = self._server.split(self._server.format.leaves(update, "push"))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdml.sharding.paths import leaves_with_paths
@@ -34,6 +35,22 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 def kinds(named: Mapping[str, Any]) -> dict[str, Any]:
     """``{path: {"shape": [...], "dtype": "float32"}}``, as the record holds it."""
     return {p: {"shape": list(x.shape), "dtype": str(x.dtype)} for p, x in named.items()}
+
+
+def as_recorded(kinds: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What :func:`kinds` says, as abstract leaves on this process's first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        path: jax.ShapeDtypeStruct(kind["shape"], _dtype(kind["dtype"]), sharding=sharding)
+        for path, kind in kinds.items()
+    }
+
+
+_KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+
+
+def _dtype(name: str) -> Any:
+    return jax.random.key(0, impl=_KEYS[name]).dtype if name in _KEYS else jnp.dtype(name)
 
 
 def num_bytes(tree: PyTree) -> int:

@@ -75,6 +75,10 @@ class Apply(abc.ABC):
         """The state that it starts with: a pytree of arrays and numbers."""
         return ()
 
+    def resized(self, state: Any, leaves: Leaves, num_workers: int) -> Any:
+        """The state for a server that goes on with another number of workers."""
+        return state
+
     @abc.abstractmethod
     def __call__(
         self, leaves: Leaves, state: Any, batch: Sequence[Arrival], book: Book

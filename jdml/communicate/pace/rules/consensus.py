@@ -28,6 +28,10 @@ class Consensus(Apply):
     def init(self, leaves: Leaves, book: Book) -> tuple[Leaves, ...]:
         return (leaves,) * book.num_workers
 
+    def resized(self, state: Any, leaves: Leaves, num_workers: int) -> tuple[Leaves, ...]:
+        kept = tuple(state[:num_workers])
+        return kept + (leaves,) * (num_workers - len(kept))
+
     def check_worker(self, worker: int, num_workers: int) -> None:
         if not 0 <= worker < num_workers:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jdml.communicate.pace.connection import Connection
+from jdml.communicate.pace.connection import Connection, attach, detach, renew
 from jdml.communicate.pace.errors import Evicted
 from jdml.communicate.pace.messages import Ack
 from jdml.communicate.pace.payload import Parcel
@@ -28,7 +28,7 @@ class Actor:
         self.line: Connection
         self.life = 0
         """Events of an earlier life do not happen."""
-        self.steps = 0
+        self.steps = worker.num_steps
         self.in_flight = False
         self.next_push: Push | None = None
         self.wanted: Pull | None = None
@@ -73,14 +73,15 @@ class Crew:
 
     def begin(self) -> None:
         """Everybody registers, and asks for something."""
-        for actor in self.actors:
-            actor.line = Connection(self.server, actor.worker.number)
-            actor.run = actor.worker.run()
+        lines = attach(self.server, [actor.worker for actor in self.actors])
+        for actor, line in zip(self.actors, lines, strict=True):
+            actor.line, actor.run = line, actor.worker.run()
         for actor in self.actors:
             self.drive(actor, None)
 
     def end(self) -> None:
         """Counts what is under way."""
+            detach(actor.line, actor.worker)
         for actor in self.actors:
             self.stop_counting(actor)
         for actor in self.waiting.values():
@@ -291,8 +292,7 @@ class Crew:
         actor.life += 1
         actor.dead, actor.in_flight, actor.next_push = False, False, None
         self.waiting.pop(actor.index, None)
-        incarnation = actor.line.incarnation + 1
-        actor.line = Connection(self.server, actor.worker.number, incarnation)
+        actor.line = renew(actor.line, actor.worker)
         actor.run = actor.worker.run()
-        self.note(actor, "registered", incarnation)
+        self.note(actor, "registered", actor.line.incarnation)
         self.agenda.at(self.clock.virtual_seconds, self.resume, actor, actor.life, None)

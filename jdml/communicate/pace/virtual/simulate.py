@@ -83,11 +83,6 @@ class _Simulation:
                 "simulate: the server measures leases in wall time; make it with "
                 "Server(..., now=VirtualClock())."
             )
-        if len(workers) != server.num_workers:
-            raise ValueError(
-                f"simulate: {len(workers)} workers, but the server starts with "
-                f"{server.num_workers}."
-            )
         self.server, self.clock = server, server.now
         self.agenda = Agenda(self.clock)
         traveller = None if network is None else Traveller(network, seed)

@@ -4,6 +4,7 @@ from jdml.communicate.pace.workers.admm import AdmmWorker as AdmmWorker
 from jdml.communicate.pace.workers.base import Compute as Compute
 from jdml.communicate.pace.workers.base import Pull as Pull
 from jdml.communicate.pace.workers.base import Push as Push
+from jdml.communicate.pace.workers.base import RememberingTask as RememberingTask
 from jdml.communicate.pace.workers.base import Run as Run
 from jdml.communicate.pace.workers.base import Task as Task
 from jdml.communicate.pace.workers.base import Towards as Towards

@@ -1,6 +1,6 @@
 """Workers of consensus ADMM, each with a model and a price of its own."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -45,14 +45,20 @@ class AdmmWorker(Worker):
         self.dual: PyTree = None
         """u, the scaled dual variable."""
 
+    remembered_models: ClassVar = ("params", "dual")
+
+    def _towards(self, params: PyTree) -> Towards:
+        return Towards(self.rho, params)
+
     def run(self) -> Run:
         while True:
             snapshot = yield Pull()
             z = snapshot.params
             if self.params is None:
                 self.params, self.dual = z, jax.tree.map(lambda x: x * 0, z)
-            self.dual = jax.tree.map(lambda u, x, z: u + x - z, self.dual, self.params, z)
+            dual = jax.tree.map(lambda u, x, z: u + x - z, self.dual, self.params, z)
             yield Compute(self.every)
-            target = tree_add(z, self.dual, -1.0)
+            # Only now, for a computation that was broken off is begun again with another pull.
+            self.dual, target = dual, tree_add(z, dual, -1.0)
             self.params, _ = self._local_steps(self.params, self.every, Towards(self.rho, target))
             yield Push(tree_add(self.params, self.dual), snapshot.version)

@@ -1,6 +1,6 @@
 """Workers of elastic averaging, each with a model of its own."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -33,15 +33,23 @@ class ElasticWorker(Worker):
         self.every, self.alpha = every, alpha
         self.params: PyTree = None
         """The worker's own model."""
+        self.exchanged = False
+        """Whether local steps are next."""
+
+    remembered: ClassVar = (*Worker.remembered, "exchanged")
+    remembered_models: ClassVar = ("params",)
 
     def run(self) -> Run:
         while True:
-            snapshot = yield Pull()
-            centre = snapshot.params
-            if self.params is None:
-                self.params = centre
-            apart = jax.tree.map(lambda x, c: x - c, self.params, centre)
-            self.params = tree_add(self.params, apart, -self.alpha)
-            yield Push(apart, snapshot.version)
+            if not self.exchanged:
+                snapshot = yield Pull()
+                centre = snapshot.params
+                if self.params is None:
+                    self.params = centre
+                apart = jax.tree.map(lambda x, c: x - c, self.params, centre)
+                yield Push(apart, snapshot.version)
+                self.params = tree_add(self.params, apart, -self.alpha)
+                self.exchanged = True
             yield Compute(self.every)
             self.params, _ = self._local_steps(self.params, self.every)
+            self.exchanged = False

@@ -1,6 +1,6 @@
 """Workers that read the server's model, step from it, and say how far they came."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from jdml.communicate.pace.workers.base import Compute, Pull, Push, Run, Task, Worker, tree_add
 
@@ -55,26 +55,42 @@ class SgdWorker(Worker):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"SgdWorker({name}={value!r}): expected an int >= 1.")
 
+        self.params: PyTree = None
+        """The model that it steps from; ``None`` where it must read one."""
+        self.summed: PyTree = None
+        """Updates not pushed yet."""
+        self.num_summed = 0
+        """How many."""
+        self.version: Any = None
+        """The version that it read last."""
+        self.base: Any = None
+        """The version that the first of them was computed on."""
+
+    remembered: ClassVar = (*Worker.remembered, "num_summed", "version", "base")
+    remembered_models: ClassVar = ("params", "summed")
+
+    def lose_unsent(self) -> None:
+        self.params = self.summed = self.version = self.base = None
+        self.num_summed = 0
+
     def run(self) -> Run:
-        params: PyTree = None
-        summed: PyTree = None
-        base: Any = None
-        version: Any = None
-        since = 0
         while True:
-            if params is None or self.num_steps % self.fetch_every == 0:
+            if self.params is None:
                 snapshot = yield Pull(self.max_staleness)
-                params, version = snapshot.params, snapshot.version
-            if since == 0:
-                summed, base = None, version
+                self.params, self.version = snapshot.params, snapshot.version
+            if self.num_summed == 0:
+                self.summed, self.base = None, self.version
             count = min(
-                self.fetch_every - self.num_steps % self.fetch_every, self.push_every - since
+                self.fetch_every - self.num_steps % self.fetch_every,
+                self.push_every - self.num_summed,
             )
             yield Compute(count)
             reads_next = (self.num_steps + count) % self.fetch_every == 0
-            params, update = self._local_steps(params, count, goes_on=not reads_next)
-            summed = update if summed is None else tree_add(summed, update)
-            since += count
-            if since == self.push_every:
-                since = 0
-                yield Push(summed, base, wait=not self.pipelined)
+            params, update = self._local_steps(self.params, count, goes_on=not reads_next)
+            self.params = None if reads_next else params
+            self.summed = update if self.summed is None else tree_add(self.summed, update)
+            self.num_summed += count
+            if self.num_summed == self.push_every:
+                push = Push(self.summed, self.base, wait=not self.pipelined)
+                self.summed, self.num_summed = None, 0
+                yield push
