@@ -9,9 +9,6 @@ import numpy as np
 from jdml.communicate.pace.messages import Arrival
 from jdml.communicate.pace.payload import Leaves
 
-_BLOCK = 1 << 15
-"""Elements that a pass over a large leaf takes at a time."""
-
 
 def moved(leaf: np.ndarray, step: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """``leaf + scale * step`` in the leaf's dtype (computed in f32 where that is narrower)."""
@@ -21,18 +18,10 @@ def moved(leaf: np.ndarray, step: np.ndarray, scale: float = 1.0) -> np.ndarray:
     elif scale == 1:
         out = np.empty_like(leaf)
         np.add(leaf, step, out=out)
-    elif leaf.size <= _BLOCK:
+    else:
         out = np.empty_like(leaf)
         np.multiply(step, scale, out=out)
         np.add(leaf, out, out=out)
-    else:
-        out = np.empty(leaf.shape, leaf.dtype)
-        w, u, flat = leaf.reshape(-1), step.reshape(-1), out.reshape(-1)
-        for low in range(0, flat.size, _BLOCK):
-            block = slice(low, low + _BLOCK)
-            # While the block lies in the cache, its second pass costs no traffic to memory.
-            np.multiply(u[block], scale, out=flat[block])
-            np.add(w[block], flat[block], out=flat[block])
     out.flags.writeable = False
     return out
 
