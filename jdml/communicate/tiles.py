@@ -71,8 +71,9 @@ class InTiles(Codec):
         rows = self.codec.decode_rows(payload, length * self.width)
         return rows.reshape(-1, length, self.width)
 
-    def decode_sum(self, payload: Payload, length: int) -> jax.Array:
-        return self.codec.decode_sum(payload, length * self.width).reshape(length, self.width)
+    def decode_sum(self, payload: Payload, length: int, divisor: int = 1) -> jax.Array:
+        total = self.codec.decode_sum(payload, length * self.width, divisor)
+        return total.reshape(length, self.width)
 
     def payload_bytes(self, length: int) -> int:
         return self.codec.payload_bytes(length * self.width)

@@ -114,9 +114,13 @@ class Codec(abc.ABC):
     def payload_bytes(self, length: int) -> int:
         """Bytes on the wire for one row of ``length`` elements."""
 
-    def decode_sum(self, payload: Payload, length: int) -> jax.Array:
-        """Sum of the decoded rows, f32 ``[length]``; a sparse codec need not make each row."""
-        return sum_rows(self.decode_rows(payload, length))
+    def decode_sum(self, payload: Payload, length: int, divisor: int = 1) -> jax.Array:
+        """Sum of the decoded rows over ``divisor``, f32 ``[length]``.
+
+        A sparse codec need not make each row, nor divide the zeros.
+        """
+        total = sum_rows(self.decode_rows(payload, length))
+        return total if divisor == 1 else total / divisor
 
 
 def fill_up(x: jax.Array, granularity: int, fill: Literal["zeros", "wrap"]) -> jax.Array:

@@ -14,6 +14,7 @@ from jdml.communicate.codecs.bit_words import Layout, first, places
 
 _TOP = 0x7FFFFFFF
 _SAMPLE = 1 << 16
+_RUN = 16  # neighbours that are sampled together: a line of a cache, which is read as a whole
 Bounds = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -28,8 +29,8 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
 def largest(rows: jax.Array, layout: Layout, k: int, floor: int = 1) -> jax.Array:
     """Places of the ``k`` largest magnitudes of each row, ascending, int32 ``[num_rows, k]``.
 
-    A bound with k to 1.5 k elements on or above it is guessed from a sample and counted; where the
-    guess is bad, halving the range of the bits finds one in ten passes or so that only count. These
+    A bound with k to 1.5 k elements on or above it is guessed from a sample; where the guess is
+    bad, halving the range of the bits finds one in ten passes or so that only count. These
     candidates are picked and narrowed down to k. Of equal magnitudes the lowest places are taken.
 
     Args:
@@ -64,16 +65,26 @@ def largest_words(rows: jax.Array, layout: Layout, k: int, limit: int, floor: in
     def count_from(bound: jax.Array) -> jax.Array:
         return layout.count(at_least(bound))
 
+    def search(tried: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        like = magnitude_bits(rows[:, 0])
+        low, high, num_low = _halve(count_from, like, k, limit, floor, tried)
+
+        def cut() -> jax.Array:
+            """Too many: those between the bounds are equal, and some of them will do."""
+            low_words, above = layout.words(at_least(low)), layout.words(at_least(high))
+            some = above | first(low_words & ~above, limit - count_from(high))
+            return jnp.where((num_low > limit)[:, None], some, low_words)
+
+        return jax.lax.cond(jnp.any(num_low > limit), cut, lambda: layout.words(at_least(low)))
+
     guess = _sampled_bound(rows, (k + limit) // 2, floor) if limit > k else None
-    low, high, num_low = _halve(count_from, magnitude_bits(rows[:, 0]), k, limit, floor, guess)
-
-    def cut() -> jax.Array:
-        """Too many: those between the bounds are equal, and some of them will do."""
-        low_words, above = layout.words(at_least(low)), layout.words(at_least(high))
-        some = above | first(low_words & ~above, limit - count_from(high))
-        return jnp.where((num_low > limit)[:, None], some, low_words)
-
-    return jax.lax.cond(jnp.any(num_low > limit), cut, lambda: layout.words(at_least(low)))
+    if guess is None:
+        return search(None)
+    # The words that the guess makes tell how many they are: most often one pass is all.
+    words = layout.words(at_least(guess))
+    num = jnp.sum(jax.lax.population_count(words), axis=1, dtype=jnp.uint32).astype(jnp.int32)
+    is_good = jnp.all((k <= num) & (num <= limit))
+    return jax.lax.cond(is_good, lambda: words, lambda: search((guess, num)))
 
 
 def take(rows: jax.Array, elements: jax.Array) -> jax.Array:
@@ -82,7 +93,7 @@ def take(rows: jax.Array, elements: jax.Array) -> jax.Array:
 
 
 def _sampled_bound(rows: jax.Array, wanted: int, floor: int) -> jax.Array | None:
-    """The bits that about ``wanted`` elements of each row reach, judged by every so many-th one.
+    """The bits that about ``wanted`` elements of each row reach, judged by every so many-th line.
 
     ``None`` for rows too short to be judged so, or if fewer than a few in the sample would do.
     """
@@ -90,7 +101,9 @@ def _sampled_bound(rows: jax.Array, wanted: int, floor: int) -> jax.Array | None
     in_sample = wanted // max(stride, 1)
     if stride < 4 or in_sample < 32:
         return None
-    bits = magnitude_bits(rows[:, ::stride])
+    whole = rows.shape[1] // (stride * _RUN) * stride * _RUN
+    runs = rows[:, :whole].reshape(-1, stride, _RUN)[:, 0]
+    bits = magnitude_bits(runs.reshape(rows.shape[0], -1))
 
     def count_from(bound: jax.Array) -> jax.Array:
         return jnp.sum(bits >= bound[:, None], axis=1, dtype=jnp.int32)
@@ -104,13 +117,13 @@ def _halve(
     k: int,
     limit: int,
     floor: int,
-    guess: jax.Array | None = None,
+    tried: tuple[jax.Array, jax.Array] | None = None,
 ) -> Bounds:
     """Bounds ``(low, high, number on or above low)`` of each row, int32 ``[num_rows]``.
 
     On or above ``low`` there are at most ``limit``, or else ``high`` is ``low + 1`` and fewer than
-    k are on or above it. Unless fewer than k reach ``floor``, k are on or above ``low``. ``guess``
-    is tried for ``low`` first; a bad one costs one count.
+    k are on or above it. Unless fewer than k reach ``floor``, k are on or above ``low``.
+    ``tried``: bounds of which it is known how many are on or above them.
     """
     # Made from data, so that the loop's state varies over the mesh axes that the rows vary over.
     zero = like & 0
@@ -119,11 +132,12 @@ def _halve(
     def unsettled(low: jax.Array, high: jax.Array, num_low: jax.Array) -> jax.Array:
         return (num_low > limit) & (high - low > 1)
 
-    def step(state: Bounds, middle: jax.Array | None = None) -> Bounds:
+    def halve(state: Bounds) -> Bounds:
+        middle = state[0] + (state[1] - state[0]) // 2
+        return narrowed(state, middle, count_from(middle))
+
+    def narrowed(state: Bounds, middle: jax.Array, num: jax.Array) -> Bounds:
         low, high, num_low = state
-        if middle is None:
-            middle = low + (high - low) // 2
-        num = count_from(middle)
         going = unsettled(*state)
         up, down = going & (num >= k), going & (num < k)
         return (
@@ -133,9 +147,9 @@ def _halve(
         )
 
     state = (low, high, count_from(low))
-    if guess is not None:
-        state = step(state, jnp.clip(guess, low + 1, high - 1))
-    low, high, num_low = jax.lax.while_loop(lambda s: jnp.any(unsettled(*s)), step, state)
+    if tried is not None:
+        state = narrowed(state, *tried)
+    low, high, num_low = jax.lax.while_loop(lambda s: jnp.any(unsettled(*s)), halve, state)
     return low, high, num_low
 
 

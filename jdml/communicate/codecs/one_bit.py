@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs.block_codes import BlockCodes, Grid
 from jdml.communicate.codecs.checks import check_block, check_choice
-from jdml.communicate.codecs.lifting import lift, lift_for, lift_one, lower, over
+from jdml.communicate.codecs.lifting import lift, lift_for, lower
 from jdml.communicate.codecs.reductions import bits_of, float_of, largest, total
 
 SCALES = ("mean", "mean_per_sign")
@@ -37,18 +37,21 @@ class OneBit(BlockCodes):
         return 1 if self.scale == "mean" else 2
 
     def measure(self, blocks: jax.Array) -> dict[str, jax.Array]:
-        # Of parts of the largest: no sum overflows, and none is lost below 2^-126.
+        # Lifted, the largest lies between 2^-80 and 2^80: no sum overflows, and none that counts is
+        # lost below 2^-126.
         top = largest(blocks)
         by = lift_for(top)
-        lifted = lift_one(top, by)
-        inverse = over(1, lifted)
-        parts = lift(blocks, jax.tree.map(lambda x: x[..., None], by)) * inverse[..., None]
+        lifted = lift(blocks, jax.tree.map(lambda x: x[..., None], by))
         if self.scale == "mean":
-            return {"mean": lower(lifted * (total(jnp.abs(parts)) / self.block), by)}
+            return {"mean": lower(total(jnp.abs(lifted)) / self.block, by)}
         num_negative = total((bits_of(blocks) >> 31) & 1)
-        negative = total(jnp.minimum(parts, 0)) / jnp.maximum(num_negative, 1)
-        positive = total(jnp.maximum(parts, 0)) / jnp.maximum(self.block - num_negative, 1)
-        return {"negative": lower(lifted * negative, by), "positive": lower(lifted * positive, by)}
+        negative = total(jnp.minimum(lifted, 0)) / jnp.maximum(num_negative, 1)
+        positive = total(jnp.maximum(lifted, 0)) / jnp.maximum(self.block - num_negative, 1)
+        nothing = top - top  # or NaN, for both halves of a block with an infinity
+        return {
+            "negative": lower(negative + nothing, by),
+            "positive": lower(positive + nothing, by),
+        }
 
     def grid(self, scales: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return scales

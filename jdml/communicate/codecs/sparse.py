@@ -78,9 +78,11 @@ class Sparse(Codec):
         empty = jnp.zeros((values.shape[0], length), jnp.float32)
         return jax.vmap(lambda e, i, v: e.at[i].set(v, mode="drop"))(empty, elements, values)
 
-    @functools.partial(jax.jit, static_argnames=("self", "length"))
-    def decode_sum(self, payload: Payload, length: int) -> jax.Array:
+    @functools.partial(jax.jit, static_argnames=("self", "length", "divisor"))
+    def decode_sum(self, payload: Payload, length: int, divisor: int = 1) -> jax.Array:
         elements, values = self._entries(payload, length)
+        if divisor != 1:
+            values = values / divisor
         empty = jnp.zeros(length, jnp.float32)
         return empty.at[elements.reshape(-1)].add(values.reshape(-1), mode="drop")
 

@@ -23,9 +23,10 @@ def gather_sum(
     Bytes each of K workers sends: ``(K-1) c``, c the payload of the whole vector.
     """
     num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    vector = jax.lax.optimization_barrier(vector)
-    payload = jax.lax.optimization_barrier(codec.encode_rows(vector[None], key_of(key, me)))
-    mean = sum_decoded(codec, gather(payload, axis), len(vector)) / num_workers
+    # As a row: behind the barrier another shape would be another array.
+    row = jax.lax.optimization_barrier(vector[None])
+    payload = jax.lax.optimization_barrier(codec.encode_rows(row, key_of(key, me)))
+    mean = sum_decoded(codec, gather(payload, axis), len(vector), num_workers)
     if feedback is None:
         return mean, None
-    return mean, finite(vector - codec.decode_rows(payload, len(vector))[0])
+    return mean, finite(row - codec.decode_rows(payload, len(vector)))[0]

@@ -101,11 +101,11 @@ def mask_rows(mask: jax.Array, rows: jax.Array) -> jax.Array:
     return mask.reshape(-1, *[1] * (rows.ndim - 1))
 
 
-def sum_decoded(codec: Codec, payload: Payload, length: int) -> jax.Array:
-    """Sum of the decoded rows, f32 ``[length]``, without a matrix of them all."""
+def sum_decoded(codec: Codec, payload: Payload, length: int, divisor: int = 1) -> jax.Array:
+    """Sum of the decoded rows over ``divisor``, f32 ``[length]``, without a matrix of them all."""
     inner = codec.codec if isinstance(codec, InTiles) else codec
     if type(inner).decode_sum is not Codec.decode_sum:
-        return codec.decode_sum(payload, length)
+        return codec.decode_sum(payload, length, divisor)
 
     def row(k: int | jax.Array) -> jax.Array:
         one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, k, 1), payload)
@@ -113,11 +113,12 @@ def sum_decoded(codec: Codec, payload: Payload, length: int) -> jax.Array:
 
     num_rows = jax.tree.leaves(payload)[0].shape[0]
     if num_rows > 32:
-        return jax.lax.fori_loop(1, num_rows, lambda k, total: total + row(k), row(0))
-    total = row(0)
-    for k in range(1, num_rows):
-        total = total + row(k)
-    return total
+        total = jax.lax.fori_loop(1, num_rows, lambda k, total: total + row(k), row(0))
+    else:
+        total = row(0)
+        for k in range(1, num_rows):
+            total = total + row(k)
+    return total if divisor == 1 else total / divisor
 
 
 def finite(error: jax.Array) -> jax.Array:
