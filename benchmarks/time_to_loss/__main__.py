@@ -121,8 +121,12 @@ def run(options: Options, console: Console) -> dict[str, Result]:
                 if theirs:
                     compare_gradients(out, fingerprint, console)
                 for result in open_ones:
-                    asked.measure(result, tell)
+                    asked.train(result, tell)
                     console.print(f"{result.name}: final validation loss {result.final_loss:.4f}")
+                # All timings one after another: what else the machine does changes with the hour.
+                console.print("timing ...")
+                for result in open_ones:
+                    asked.time(result, tell)
     return results
 
 

@@ -86,10 +86,20 @@ class Run:
         """Has the first worker write the first mean gradient; returns the loss."""
         return self.crew.ask("gradient", path=str(path.resolve()))[0]
 
-    def measure(self, result: Result, progress: Progress) -> None:
-        """Fills what the result lacks, and saves it after each part."""
+    def train(self, result: Result, progress: Progress) -> None:
+        """Trains to the end, unless that was done, and saves the result."""
+        if len(result.losses) == self.plan.task.steps:
+            progress("", self.plan.task.steps)
+            return
+        shape(self.workers, None)
+        progress(f"{result.name}: training", 0)
         name = result.name.removeprefix(TORCH)
-        out, wanted = self.plan.out, self.plan.task
+        result.losses, result.validation, _, _ = self._whole(name, progress)
+        result.save(self.plan.out)
+
+    def time(self, result: Result, progress: Progress) -> None:
+        """Times what of a trained result was not timed, and saves it after each part."""
+        out = self.plan.out
         if not result.alone:
             progress(f"{result.name}: the step alone", 0)
             shape(self.workers, None)
@@ -97,16 +107,12 @@ class Run:
             self._train(WARM_UP)
             result.alone = self._train(self.plan.timed_steps)[0]
             result.save(out)
-        if len(result.losses) < wanted.steps:
-            shape(self.workers, None)
-            progress(f"{result.name}: training", 0)
-            result.losses, result.validation, _, _ = self._whole(name, progress)
-            result.save(out)
         for rate in self.plan.rates:
             if self.plan.is_timed(result, rate):
                 progress("", 0 if self.plan.full else 1)
                 continue
             progress(f"{result.name}: {rate:g} Mbit/s", 0)
+            name = result.name.removeprefix(TORCH)
             result.rates[f"{rate:g}"] = self._over(name, rate, result, progress)
             result.save(out)
 
