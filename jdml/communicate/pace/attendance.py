@@ -56,8 +56,6 @@ class Attendance:
             self._settle()
             return Registration(member.clock, self._book.version)
 
-    def skip_to(self, worker: int, incarnation: int, clock: int) -> None:
-        """Says that a worker's next push has that number, and that none of an earlier one comes.
     def resume(self, worker: int) -> tuple[int, int] | None:
         """``(incarnation, clock)`` of a member whose next run goes on where its last one ended.
 
@@ -70,6 +68,8 @@ class Attendance:
             member = self._find(worker, None)
             return None if member.ahead else (member.incarnation, member.clock)
 
+    def skip_to(self, worker: int, incarnation: int, clock: int) -> None:
+        """Says that a worker's next push has that number, and that none of an earlier one comes.
 
         For one that has pushed nothing since it registered, where another server knows more of it.
 
@@ -132,13 +132,13 @@ class Attendance:
         """How long a member may say nothing."""
         return self._lease
 
-    @property
-    def min_clock(self) -> int:
     def last_incarnation(self, worker: int) -> int:
         """The newest life of a worker that the server knows of, be it over; -1: none."""
         with self._changed:
             return self._book.members.last_incarnation(worker)
 
+    @property
+    def min_clock(self) -> int:
         """The least clock of the live members."""
         return self._book.members.min_clock
 
