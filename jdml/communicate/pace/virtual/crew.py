@@ -81,9 +81,9 @@ class Crew:
 
     def end(self) -> None:
         """Counts what is under way."""
-            detach(actor.line, actor.worker)
         for actor in self.actors:
             self.stop_counting(actor)
+            detach(actor.line, actor.worker)
         for actor in self.waiting.values():
             self.waited[actor.index] += self.clock.virtual_seconds - actor.waits_since
 
