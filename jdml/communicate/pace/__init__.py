@@ -19,9 +19,10 @@ parameters; workers pull them, compute, and push what they found, each at its ow
 
 - ``workers/``: what one worker does, as a generator of requests: any loss, any local Optax chain;
 - backends, which answer those requests: ``threads/`` has a thread and a device for each worker,
-  and Hogwild, which needs no server; ``virtual/`` simulates clocks and a network. ``drive.py`` is
-  the loop of a worker in wall time, ``supervise.py`` what follows when one fails, ``whole.py``
-  what is saved of a run.
+  and Hogwild, which needs no server; ``ray_backend/`` has processes, on one machine or several, and
+  starts those anew that fail; ``virtual/`` simulates clocks and a network. ``drive.py`` is the loop
+  of a worker in wall time, ``supervise.py`` what follows when one fails, ``whole.py`` what is saved
+  of a run.
 
 ``arrivals.py`` has the models of the clocks, which lockstep methods use too.
 """
@@ -46,6 +47,10 @@ from jdml.communicate.pace.messages import MemberInfo as MemberInfo
 from jdml.communicate.pace.messages import Registration as Registration
 from jdml.communicate.pace.messages import Snapshot as Snapshot
 from jdml.communicate.pace.messages import Traffic as Traffic
+from jdml.communicate.pace.ray_backend import RayRun as RayRun
+from jdml.communicate.pace.ray_backend import local_session as local_session
+from jdml.communicate.pace.ray_backend import ray_server as ray_server
+from jdml.communicate.pace.ray_backend import run_ray as run_ray
 from jdml.communicate.pace.rules import Rule as Rule
 from jdml.communicate.pace.rules import add as add
 from jdml.communicate.pace.rules import async_admm as async_admm

@@ -1,0 +1,167 @@
+"""A server in a process of its own: what Ray makes an actor of."""
+
+import math
+import os
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jdml.communicate.pace.errors import Evicted, StaleTimeout
+from jdml.communicate.pace.messages import Ack, Registration
+from jdml.communicate.pace.payload import Format, Leaves, Parcel
+from jdml.communicate.pace.ray_backend.errors import NotRestored
+from jdml.communicate.pace.ray_backend.session import import_ray
+from jdml.communicate.pace.rules.base import Rule
+from jdml.communicate.pace.server import Server
+
+SHARED_FROM = 1 << 20
+"""Bytes from which on a version is put into shared memory once, for all who read it."""
+CHECKS_PER_LEASE = 16
+
+
+class Shard:
+    """Answers for a :class:`Server`, from several threads at once.
+
+    Nothing waits for long in here, so that whoever died, or was frozen, while it waited is noticed:
+    a pull that cannot be answered within the seconds that it brings says so, and is asked again.
+
+    It begins with parameters, or where its process was lost, with a state; until then it refuses
+    all calls. From a state on it refuses the incarnations that were registered then, whose later
+    pushes are lost, until they register anew.
+    """
+
+    def __init__(
+        self, params_format: Format, rule: Rule, num_workers: int, options: dict[str, Any]
+    ) -> None:
+        jax.config.update("jax_platforms", "cpu")
+        self._ray = import_ray()
+        self._format = params_format
+        self._made_with = (rule, num_workers, options)
+        self._server: Server | None = None
+        self._registered: dict[tuple[int, int], str] = {}
+        self._fenced: dict[int, int] = {}
+        self._publishing = threading.Lock()
+        self._published: tuple[Parcel | None, Any] = (None, None)
+
+    def begin(self, leaves: Leaves) -> None:
+        """Starts with these parameters, unless it has started."""
+        if self._server is None:
+            self._server = self._made(leaves)
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Value of an attribute of the server, or answer of a method that never waits."""
+        value = getattr(self._open(), name)
+        return value(*args) if callable(value) else value
+
+    def heartbeat(self, worker: int, incarnation: int) -> None:
+        self._open(worker, incarnation).heartbeat(worker, incarnation)
+
+    def register(self, worker: int, incarnation: int, token: str) -> Registration:
+        """As ``Server.register``; a call that comes again with its token is answered again."""
+        server = self._open(worker, incarnation)
+        if self._registered.get((worker, incarnation)) == token:
+            server.heartbeat(worker, incarnation)
+            return Registration(server.clock(worker), server.version)
+        registration = server.register(worker, incarnation)
+        self._registered[worker, incarnation] = token
+        return registration
+
+    def pull(
+        self,
+        worker: int,
+        max_staleness: float | None,
+        seconds: float,
+        incarnation: int | None,
+        clock: int | None,
+    ) -> tuple[int, int, int, Any] | str:
+        """``(version, min_clock, nbytes, content)``, or why it cannot be answered yet.
+
+        Content of 1 MiB and more is one reference to shared memory, in a list; every reader of that
+        version on this node reads the same bytes.
+        """
+        server = self._open(worker, incarnation)
+        try:
+            snapshot = server.pull(
+                worker, max_staleness, seconds, incarnation=incarnation, clock=clock
+            )
+        except StaleTimeout as error:
+            return str(error)
+        parcel = snapshot.parcel
+        return snapshot.version, snapshot.min_clock, parcel.nbytes, self._shared(parcel)
+
+    def push(
+        self, worker: int, incarnation: int, seq: int, parcel: Parcel, base_version: int
+    ) -> Ack:
+        """As ``Server.push``; the parcel's arrays lie in shared memory and are not copied."""
+        return self._open(worker, incarnation).push(worker, incarnation, seq, parcel, base_version)
+
+    def snapshot(self) -> dict[str, Any]:
+        """As ``Server.snapshot``, in NumPy."""
+        state = self._open().snapshot()
+        state["apply"] = jax.tree.map(on_host, state["apply"])
+        return state
+
+    def barrier(self, name: str, worker: int, seconds: float) -> str:
+        """Empty once the barrier is over; else who is missing."""
+        try:
+            self._open().barrier(name, worker, seconds)
+        except StaleTimeout as error:
+            return str(error)
+        return ""
+
+    def restore(self, state: dict[str, Any], fence: bool) -> None:
+        """As ``Server.restore``; ``fence`` makes all members register anew."""
+        server = self._made(state["leaves"]) if self._server is None else self._server
+        server.restore(state)
+        self._registered = {}
+        self._fenced = {}
+        if fence:
+            self._fenced = {w: m.incarnation for w, m in server.members().items()}
+        self._server = server
+
+    def place(self) -> tuple[str, int]:
+        """Ray's name of the node, and the number of this process."""
+        return self._ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def _open(self, worker: int | None = None, incarnation: int | None = None) -> Server:
+        if self._server is None:
+            raise NotRestored("its process is new and waits for its last state.")
+        if worker is not None and incarnation is not None:
+            fenced = self._fenced.get(worker)
+            if fenced is not None and incarnation <= fenced:
+                raise Evicted(
+                    f"worker {worker} (incarnation {incarnation}): its server was lost and "
+                    "restored from a snapshot; register as a newer incarnation."
+                )
+        return self._server
+
+    def _shared(self, parcel: Parcel) -> Any:
+        if parcel.nbytes < SHARED_FROM:
+            return parcel.content
+        with self._publishing:
+            if self._published[0] is not parcel:
+                self._published = (parcel, self._ray.put(parcel.content))
+            return [self._published[1]]
+
+    def _made(self, leaves: Leaves) -> Server:
+        rule, num_workers, options = self._made_with
+        server = Server(self._format.tree(leaves), rule, num_workers, **options)
+        if server.lease < math.inf:
+            threading.Thread(target=_look_after_leases, args=(server,), daemon=True).start()
+        return server
+
+
+def _look_after_leases(server: Server) -> None:
+    while True:
+        time.sleep(server.lease / CHECKS_PER_LEASE)
+        server.expire()
+
+
+def on_host(x: Any) -> Any:
+    """NumPy, of JAX's arrays that have such a form."""
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    return np.asarray(x) if isinstance(x, jax.Array) else x
