@@ -27,7 +27,9 @@ class Attendance:
         self._barriers = Barriers()
         self._num_registered = 0
         self._closed = ""
-        self._changed = threading.Condition(threading.RLock())
+        # Calls that happen all the time take the lock itself, which is quicker.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting = Waiting(self._changed, self)
         self.progress = 0
         """Grows whenever a pull that had to wait might be answered."""
@@ -188,7 +190,7 @@ class Attendance:
 
     def _find(self, worker: int, incarnation: int | None) -> Member:
         self._check_open()
-        member = self._book.members.find(worker, incarnation)
+        member = self._model.book.members.find(worker, incarnation)
         member.last_seen = self.now()
         return member
 

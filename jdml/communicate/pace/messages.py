@@ -1,7 +1,6 @@
 """What server and workers say to each other."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 from jdml.communicate.pace.payload import Format, Leaves, Parcel
@@ -33,7 +32,7 @@ class Ack(NamedTuple):
     duplicate: bool = False
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Snapshot:
     """The parameters at one moment; nothing changes it.
 
@@ -47,11 +46,14 @@ class Snapshot:
     min_clock: int
     parcel: Parcel
     format: Format
+    _leaves: Leaves | None = None
 
-    @functools.cached_property
+    @property
     def leaves(self) -> Leaves:
         """The parameters' leaves as the worker reads them: read-only arrays."""
-        return self.format.decode(self.parcel)
+        if self._leaves is None:
+            self._leaves = self.format.decode(self.parcel)
+        return self._leaves
 
     @property
     def params(self) -> PyTree:

@@ -42,9 +42,6 @@ class Server(Attendance):
       on_applied: Called with an :class:`Applied` for every update that enters the parameters, in
         order, while the server is locked.
 
-    Attributes:
-      traffic: Payload bytes and messages in each direction, as they were.
-
     Raises:
       ValueError: the rule cannot serve so many workers, a codec needs state that the server does
         not keep, or a leaf cannot be encoded.
@@ -86,7 +83,7 @@ class Server(Attendance):
             on_applied,
         )
         super().__init__(model, num_workers, lease, now)
-        self.traffic = Traffic()
+        self._pushes = self._pushed_bytes = self._pulls = self._pulled_bytes = 0
         self._seed = seed
 
     # Reading.
@@ -95,6 +92,12 @@ class Server(Attendance):
     def version(self) -> int:
         """How many times the parameters have been changed."""
         return self._book.version
+
+    @property
+    def traffic(self) -> Traffic:
+        """Payload bytes and messages in each direction, as they were."""
+        with self._changed:
+            return Traffic(self._pushes, self._pushed_bytes, self._pulls, self._pulled_bytes)
 
     @property
     def params(self) -> PyTree:
@@ -121,22 +124,21 @@ class Server(Attendance):
         clock: int | None = None,
     ) -> Snapshot | None:
         """:meth:`pull` for callers that cannot wait: ``None`` if the worker would have to."""
-        with self._changed:
+        with self._lock:
             member = self._find(worker, incarnation)
-            book = self._book
+            model = self._model
+            rule, book = model.rule, model.book
             if self._num_registered < self.num_workers:
                 return None
             at = member.clock if clock is None else clock
             bound = math.inf if max_staleness is None else max_staleness
-            if not self._model.rule.pace.may_read(book, worker, at, bound):
+            if not rule.pace.may_read(book, worker, at, bound):
                 return None
-            snapshot = self._model.publish()
-            base = snapshot.leaves if self._model.rule.apply.needs_base else None
+            snapshot = model.publish()
+            base = snapshot.leaves if rule.apply.needs_base else None
             member.pulled[snapshot.version] = Pulled(snapshot.min_clock, base)
-            t = self.traffic
-            self.traffic = Traffic(
-                t.pushes, t.pushed_bytes, t.pulls + 1, t.pulled_bytes + snapshot.parcel.nbytes
-            )
+            self._pulls += 1
+            self._pulled_bytes += snapshot.parcel.nbytes
             return snapshot
 
     def pull(
@@ -218,13 +220,12 @@ class Server(Attendance):
                 )
             update = self.push_format.encode(self.push_format.leaves(update, "push"))
         leaves = self.push_format.decode(update)
-        with self._changed:
+        with self._lock:
             member = self._find(worker, incarnation)
-            t = self.traffic
-            self.traffic = Traffic(
-                t.pushes + 1, t.pushed_bytes + update.nbytes, t.pulls, t.pulled_bytes
-            )
-            book = self._book
+            self._pushes += 1
+            self._pushed_bytes += update.nbytes
+            model = self._model
+            book, pace = model.book, model.rule.pace
             if seq < 0:
                 raise ValueError(f"push(seq={seq}): expected the clock that register gave, or on.")
             if member.has(seq):
@@ -238,13 +239,12 @@ class Server(Attendance):
             arrival = Arrival(
                 worker, seq, leaves, base_version, seq - pulled.min_clock, pulled.leaves
             )
-            pace = self._model.rule.pace
             before = pace.turn(book)
             accepted = pace.hold(book, arrival)
             if not accepted:
                 member.refused.add(seq)
             book.members.count(member, seq, base_version)
-            self._model.release()
+            model.release()
             if pace.turn(book) != before:
                 self._announce()
             return Ack(book.version, accepted)
@@ -278,6 +278,6 @@ class Server(Attendance):
         with self._changed:
             self._model.restore(state, self.now())
             self._num_registered = state["num_registered"]
-            self.traffic = Traffic(*state["traffic"])
+            self._pushes, self._pushed_bytes, self._pulls, self._pulled_bytes = state["traffic"]
             self._barriers = Barriers()
             self._announce()

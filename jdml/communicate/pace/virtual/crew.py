@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jdml.communicate.pace.connection import Connection, attach, detach, renew
 from jdml.communicate.pace.errors import Evicted
 from jdml.communicate.pace.messages import Ack
@@ -66,8 +64,8 @@ class Crew:
         self.num_events = 0
         self.waiting: dict[int, Actor] = {}
         self._seen = -1
-        self.computing = np.zeros(len(workers))
-        self.waited = np.zeros(len(workers))
+        self.computing = [0.0] * len(workers)
+        self.waited = [0.0] * len(workers)
         self.refused = 0
         self.trace: list[Event] | None = [] if trace else None
 
@@ -105,9 +103,10 @@ class Crew:
 
     def stop_counting(self, actor: Actor) -> None:
         """Adds up what it has computed until now, if it did."""
-        end = min(actor.busy_until, self.clock.virtual_seconds)
-        self.computing[actor.index] += max(0.0, end - actor.busy_since)
-        actor.busy_since = actor.busy_until = 0.0
+        end, now = actor.busy_until, self.clock.virtual_seconds
+        if end > 0.0:
+            self.computing[actor.index] += max(0.0, (now if now < end else end) - actor.busy_since)
+            actor.busy_since = actor.busy_until = 0.0
 
     def drive(self, actor: Actor, answer: Any) -> None:
         """Lets the worker go on until it has to wait for something."""
@@ -122,7 +121,8 @@ class Crew:
                     actor.steps += count
                     self.num_events += 1
                     actor.busy_since, actor.busy_until = now, now + took
-                    self.note(actor, "compute", count)
+                    if self.trace is not None:
+                        self.note(actor, "compute", count)
                     self.agenda.at(now + took, self.resume, actor, actor.life, None)
                     return
                 if isinstance(request, Pull):
@@ -135,7 +135,8 @@ class Crew:
                         self.let_wait(actor, request)
                         return
                     self.num_events += 1
-                    self.note(actor, "pull", answer.version)
+                    if self.trace is not None:
+                        self.note(actor, "pull", answer.version)
                     continue
                 if actor.in_flight:
                     actor.next_push = request
@@ -167,7 +168,8 @@ class Crew:
 
     def hand_out(self, actor: Actor, snapshot: Any) -> None:
         self.num_events += 1
-        self.note(actor, "pull", snapshot.version)
+        if self.trace is not None:
+            self.note(actor, "pull", snapshot.version)
         if self.network is None:
             self.drive(actor, snapshot)
             return
@@ -198,7 +200,8 @@ class Crew:
 
     def send(self, actor: Actor, request: Push) -> Ack | None:
         seq, parcel = actor.line.encode(request.update)
-        self.note(actor, "send", seq)
+        if self.trace is not None:
+            self.note(actor, "send", seq)
         message = (actor.line, seq, parcel, request.base_version)
         if self.network is None:
             return self.push_there(actor, actor.life, *message)
@@ -240,7 +243,8 @@ class Crew:
                 )
             return None
         self.refused += not (ack.accepted or ack.duplicate)
-        self.note(actor, "duplicate" if ack.duplicate else "push", seq)
+        if self.trace is not None:
+            self.note(actor, "duplicate" if ack.duplicate else "push", seq)
         if answered and life == actor.life:
             assert self.network is not None
             there = self.network.arrival("down", self.clock.virtual_seconds, 0)

@@ -1,5 +1,6 @@
 """How long each local step of each worker takes, drawn in blocks from a model of the clocks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ class Durations:
         self._blocks: dict[int, list[list[float]]] = {}
         if callable(clocks):
             model, key = clocks, jax.random.key(seed)
-            draw = jax.jit(jax.vmap(lambda step: model(key, step, num_workers)))
-            self._draw: Any = lambda start: draw(jnp.arange(start, start + BLOCK))
+            self._draw: Any = lambda start: _block(model, num_workers, key, start)
             return
         trace = np.asarray(clocks, np.float64)
         if trace.ndim != 2 or trace.shape[1] != num_workers or trace.shape[0] == 0:
@@ -61,3 +61,10 @@ class Durations:
                 f"{list(times.shape[1:])}, least {times.min()}."
             )
         return times.tolist()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(model: Arrivals, num_workers: int, key: jax.Array, start: Any) -> jax.Array:
+    """``[BLOCK, num_workers]``, compiled once for all runs with one model."""
+    steps = start + jnp.arange(BLOCK)
+    return jax.vmap(lambda step: model(key, step, num_workers))(steps)

@@ -125,21 +125,23 @@ class _Simulation:
             agenda.at(start + server.lease / 4, self.keep_leases)
         crew.begin()
         next_look, end = start + every, start + virtual_seconds
+        versions_end = num_versions < math.inf
         while True:
             if crew.waiting:
                 crew.answer_waiting()
-            if server.version >= num_versions or crew.num_events >= num_events:
+            if crew.num_events >= num_events or (versions_end and server.version >= num_versions):
                 break
-            if not self.anything_left():
+            if len(agenda) < 2 and not self.anything_left():
                 self.complain()
             now = agenda.next_time
-            while next_look <= min(now, end):
-                clock.virtual_seconds = VirtualSeconds(next_look)
-                look()
-                next_look += every
-            if now > end:
-                clock.virtual_seconds = VirtualSeconds(end)
-                break
+            if now >= next_look or now > end:
+                while next_look <= min(now, end):
+                    clock.virtual_seconds = VirtualSeconds(next_look)
+                    look()
+                    next_look += every
+                if now > end:
+                    clock.virtual_seconds = VirtualSeconds(end)
+                    break
             agenda.happen()
         look()
         crew.end()
@@ -147,16 +149,14 @@ class _Simulation:
             VirtualSeconds(clock.virtual_seconds - start),
             crew.num_events,
             evaluations,
-            crew.computing,
-            crew.waited,
+            np.array(crew.computing),
+            np.array(crew.waited),
             crew.refused,
             crew.trace or [],
         )
 
     def anything_left(self) -> bool:
         """Leases alone change nothing once nobody is left whose lease could end."""
-        if len(self.agenda) > 1:
-            return True
         if not self.agenda:
             return False
         if not self.agenda.only(self.keep_leases):
