@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-BENCHMARKS ?= step sharding codecs links wire_audit aggregate
+BENCHMARKS ?= step sharding codecs links wire_audit aggregate pace
 NAME ?=
 
 # One environment per Python version, so that two of them live side by side.

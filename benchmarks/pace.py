@@ -30,7 +30,6 @@ from jdml.communicate.pace import (
     VirtualClock,
     add,
     asynchronous,
-    constant,
     run_threads,
     simulate,
 )
@@ -141,12 +140,12 @@ def straggler_row() -> list[Figure]:
     def pushes_per_second(num_workers: int) -> float:
         server = Server({"w": np.zeros(1, np.float32)}, Rule(asynchronous(), add()), num_workers)
         workers = [SgdWorker(k, Still()) for k in range(num_workers)]
-        slower = {3: 10.0} if num_workers > 3 else None
+        times = np.array([[STEP_SECONDS] * 3 + [10 * STEP_SECONDS]])
         done = run_threads(
             server,
             workers,
             seconds=STRAGGLER_SECONDS,
-            slow_down=constant(STEP_SECONDS, slower),
+            slow_down=times[:, :num_workers],
             rehearse=False,
         )
         return float(done.num_pushes[:3].sum() / done.wall_seconds)

@@ -6,6 +6,8 @@ from jdml.train.loop import FitResult as FitResult
 from jdml.train.loop import fit as fit
 from jdml.train.metrics_log import MetricsLog as MetricsLog
 from jdml.train.metrics_log import read_metrics as read_metrics
+from jdml.train.pace import load_run as load_run
+from jdml.train.pace import save_run as save_run
 from jdml.train.state import TrainState as TrainState
 from jdml.train.step import Step as Step
 from jdml.train.step import make_step as make_step

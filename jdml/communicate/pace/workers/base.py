@@ -53,7 +53,11 @@ class Towards(NamedTuple):
 
 
 class Task(Protocol):
-    """What the workers compute: one local step."""
+    """What the workers compute: one local step, which hangs on its arguments alone.
+
+    A step may be taken and forgotten (:meth:`Worker.rehearse`), or taken again by a worker that was
+    started anew. The parameters are the server's own: read-only, and not to be donated.
+    """
 
     def init(self, worker: int, params: PyTree) -> Any:
         """The worker's own state (of its optimiser) at the first parameters that it reads."""

@@ -121,11 +121,11 @@ def test_too_many_failures_end_the_run():
 
 
 def test_a_lease_frees_the_others_and_the_late_worker_returns():
-    """Worker 1 hangs for 0.8 s; after the lease the others go on, and then it is back."""
-    lease = 0.2
-    server, workers, applied = serve(BSP, Hanging(0.8), lease=lease)
+    """Worker 1 hangs for 1.4 s; after the lease the others go on, and then it is back."""
+    lease = 0.5
+    server, workers, applied = serve(BSP, Hanging(1.4), lease=lease)
     times = np.array([[0.01] * K])
-    done = run_threads(server, workers, seconds=1.4, slow_down=times, rehearse=False)
+    done = run_threads(server, workers, seconds=2.2, slow_down=times, rehearse=False)
     assert done.returns == {1: 1}
     assert not done.restarts
     assert not done.gone
@@ -142,12 +142,12 @@ def test_a_lease_frees_the_others_and_the_late_worker_returns():
 
 
 def test_a_heartbeat_keeps_a_slow_worker_in():
-    server, workers, applied = serve(BSP, Quadratic(K), lease=0.1)
-    times = np.array([[0.0, 0.3, 0.0]])
+    server, workers, applied = serve(BSP, Quadratic(K), lease=0.4)
+    times = np.array([[0.0, 0.7, 0.0]])
     done = run_threads(server, workers, num_versions=2, slow_down=times, heartbeat=True)
     assert not done.returns
     assert len(applied) == 2 * K
-    done = run_threads(server, workers, seconds=0.5, slow_down=times)
+    done = run_threads(server, workers, seconds=1.2, slow_down=times)
     assert done.returns == {1: 1}
 
 

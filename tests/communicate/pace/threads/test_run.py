@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -135,29 +134,34 @@ def test_threads_and_virtual_time_agree_in_distribution():
     assert 0.8 * virtual.virtual_seconds < wall.wall_seconds
 
 
-def test_a_pipelined_worker_computes_while_its_update_travels():
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_a_pipelined_worker_computes_while_its_update_travels(pipelined):
+    """The first four pushes do not come before the step after them has begun, if it does."""
+    began = [threading.Event() for _ in range(20)]
+
+    class Noting(Quadratic):
+        def step(self, worker, params, state, index, towards=None):
+            began[index].set()
+            return super().step(worker, params, state, index, towards)
+
     class Far(Server):
-        """Every push takes 20 ms to come."""
+        on_their_way, most, overlapped = 0, 0, 0
 
-        on_their_way, most = 0, 0
-
-        def push(self, *args):
+        def push(self, worker, incarnation, seq, *args):
             self.on_their_way += 1
             self.most = max(self.most, self.on_their_way)
-            time.sleep(0.02)
-            ack = super().push(*args)
+            if seq < 4:
+                self.overlapped += began[seq + 1].wait(20.0 if pipelined else 0.03)
+            ack = super().push(worker, incarnation, seq, *args)
             self.on_their_way -= 1
             return ack
 
-    def steps_in_time(pipelined):
-        workers = sgd_workers(Quadratic(1), 1, pipelined=pipelined)
-        server = Far(start(), Rule(asynchronous(), add()), 1)
-        done = run_threads(server, workers, seconds=0.6, slow_down=np.array([[0.02]]))
-        assert server.most == 1  # two buffers: one is filled, one travels
-        assert done.num_pushes[0] == done.num_steps[0] == server.version
-        return done.num_steps[0]
-
-    assert steps_in_time(pipelined=True) > 1.4 * steps_in_time(pipelined=False)
+    workers = sgd_workers(Noting(1), 1, pipelined=pipelined)
+    server = Far(start(), Rule(asynchronous(), add()), 1)
+    done = run_threads(server, workers, num_versions=8, rehearse=False)
+    assert server.overlapped == (4 if pipelined else 0)
+    assert server.most == 1  # two buffers: one is filled, one travels
+    assert done.num_pushes[0] == done.num_steps[0] == server.version
 
 
 def test_what_error_feedback_owes_goes_on_with_the_worker():
