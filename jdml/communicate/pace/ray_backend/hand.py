@@ -81,7 +81,7 @@ class Hand:
                 "that it is given."
             )
         if state is not None:
-            self._worker.load_state(state)
+            self._worker.load_state(state, server.params)
         self._worker.num_steps = max(self._worker.num_steps, num_steps)
         self._tally, self._returns, self._incarnation = Tally(), 0, -1
         self._stop = threading.Event()
