@@ -3,7 +3,6 @@
 python experiments/backup_workers/run.py --help
 """
 
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a clone's root, for `experiments` itself
 
 from experiments.backup_workers.config import Config
+from experiments.curves import reached
 from experiments.digits import read_digits
 from jdml.aggregate import backup_workers
 from jdml.communicate.pace import Arrivals, heavy_tailed, log_normal
@@ -106,15 +106,6 @@ class Trainer:
             if number % config.eval_every == 0:
                 loss = float(self.test_loss(state.params, held_out))
                 yield {"step": number, "time": seconds, "loss": loss}
-
-
-def reached(rows: list[Row], target: float, column: str) -> float:
-    """Steps or time at which the loss first is the target; NaN if never."""
-    for before, after in itertools.pairwise(rows):
-        if after["loss"] <= target:
-            part = (before["loss"] - target) / (before["loss"] - after["loss"])
-            return before[column] + part * (after[column] - before[column])
-    return float("nan")
 
 
 def run_of(rows: list[Row], name: str, b: int, seed: int) -> list[Row]:

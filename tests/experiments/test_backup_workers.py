@@ -49,13 +49,6 @@ def test_steps_without_the_latest_are_shorter(config, rows):
     assert all_of_them[-1]["loss"] != without[-1]["loss"]
 
 
-def test_the_target_is_met_between_two_evaluations():
-    rows = [{"step": s, "time": 3.0 * s, "loss": x} for s, x in ((0, 2.0), (5, 1.0), (10, 0.5))]
-    assert run.reached(rows, 0.75, "step") == 7.5
-    assert run.reached(rows, 0.75, "time") == 22.5
-    assert np.isnan(run.reached(rows, 0.1, "step"))
-
-
 def test_its_report(config, rows):
     heavy = [{**row, "arrivals": "heavy-tailed", "time": 2 * row["time"]} for row in rows]
     run.write_report(config, rows + heavy, Console(quiet=True))
