@@ -22,7 +22,7 @@ from jdml.communicate.pace.connection import Connection
 from jdml.communicate.pace.ray_backend import local_session, ray_server
 
 TRIES = 25
-WARM_UP = 4
+WARM_UP = 20  # until the server has seen every page of the shared memory that is passed around
 SCALE = 0.25
 
 
@@ -35,7 +35,7 @@ def ray_row() -> list[Figure]:
     torch: list[float] = []
     with contextlib.ExitStack() as stack:
         peers = stack.enter_context(_torch_peers([x.size for x in params.values()]))
-        ray = stack.enter_context(local_session(num_cpus=2, object_store_bytes=2_000_000_000))
+        ray = stack.enter_context(local_session(num_cpus=2, object_store_bytes=400_000_000))
         server = ray_server(params, Rule(asynchronous(), add(SCALE)), 1)
         line = Connection(server, 0)
         version = line.pull().version

@@ -140,3 +140,19 @@ def test_members_are_those_of_all():
     assert sorted(other.members()) == [0, 1]
     with pytest.raises(ValueError, match="without any"):
         ShardedServer(np.zeros(2), Rule(asynchronous(), add()), 1, 3)
+
+
+def test_a_worker_that_died_between_two_servers_starts_at_one_clock():
+    server = ShardedServer(tree(0), Rule(stale_synchronous(1), add()), 2, 3)
+    for worker in range(2):
+        server.register(worker)
+    update = server.sender(0)(tree(1), 0)
+    base = server.pull(0).version
+    server.servers[0].push(0, 0, 0, update.content[0], base[0])  # and died
+    assert server.register(0, 1).clock == 1
+    assert [s.clock(0) for s in server.servers] == [1, 1, 1]
+    server.push(0, 1, 1, tree(2), server.pull(0).version)
+    assert [s.clock(0) for s in server.servers] == [2, 2, 2]
+    # The other one's clock is nought everywhere, and holds all of them as before.
+    assert server.min_clock == 0
+    assert server.try_pull(0) is None

@@ -1,5 +1,6 @@
 """A server in a process of its own: what Ray makes an actor of."""
 
+import ctypes
 import math
 import os
 import threading
@@ -37,6 +38,7 @@ class Shard:
         self, params_format: Format, rule: Rule, num_workers: int, options: dict[str, Any]
     ) -> None:
         jax.config.update("jax_platforms", "cpu")
+        _keep_freed_memory()
         self._ray = import_ray()
         self._format = params_format
         self._made_with = (rule, num_workers, options)
@@ -152,6 +154,21 @@ class Shard:
         if server.lease < math.inf:
             threading.Thread(target=_look_after_leases, args=(server,), daemon=True).start()
         return server
+
+
+def _keep_freed_memory() -> None:
+    """Lets a version use the memory of the one before it, where the C library is glibc.
+
+    It would give large arrays back to the system, which then clears every page anew: a third of the
+    time in which an update of 50 MB is added.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return
+    arena_max, mmap_max, trim_threshold = -8, -4, -1
+    library.mallopt(arena_max, 1)
+    library.mallopt(mmap_max, 0)
+    library.mallopt(trim_threshold, 1 << 30)
 
 
 def _look_after_leases(server: Server) -> None:
