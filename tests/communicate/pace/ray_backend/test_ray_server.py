@@ -225,7 +225,8 @@ def test_a_lost_server_is_asked_until_it_is_back(session, shards):
     # The other one is a push ahead; the newer incarnation starts there, at both.
     new = Connection(server, 0, 1)
     assert new.clock == 2
-    assert new.push(*new.encode(update(0, 2)), new.pull().version).accepted
+    base = new.pull(timeout=20).version
+    assert new.push(*new.encode(update(0, 2)), base).accepted
     assert [s.clock(0) for s in server.servers] == [3, 3]
 
 
