@@ -278,8 +278,14 @@ def test_lost_answers_silent_workers_and_closed_servers(session):
 
     server.stop()
     server.patience = 0.0
+
+    def ask_for_long():
+        for _ in range(600):  # Ray takes a moment to end it
+            server.place()
+            time.sleep(0.05)
+
     with pytest.raises(Unreachable, match="the server did not answer 'place'"):
-        server.place()
+        ask_for_long()
 
 
 def test_what_is_missing_is_named(session, monkeypatch):
