@@ -84,22 +84,28 @@ def plot(config: Config, rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(12, 2.9 * len(config.clocks) + 0.4), layout="constrained")
     panels = figure.subplots(len(config.clocks), 3, squeeze=False)
     for clock, (by_round, by_time, residual) in zip(config.clocks, panels, strict=True):
-        ends = [(1.0, 1.0)]
-        for number, barrier in enumerate(config.barriers):
-            mine = of(rows, clock=clock, reports=barrier[0], age=barrier[1], seed=config.seeds[0])
-            gaps = np.maximum(np.abs([r["gap"] for r in mine]), 1e-16)
-            time = [r["virtual_seconds"] for r in mine]
+        seed = config.seeds[0]
+        of_run = {
+            (s, tau): of(rows, clock=clock, reports=s, age=tau, seed=seed)
+            for s, tau in config.barriers
+        }
+        there = [agrees(config, mine) or mine[-1] for mine in of_run.values()]
+        last = {c: 1.2 * max(row[c] for row in there) for c in ("round", "virtual_seconds")}
+        for number, (barrier, mine) in enumerate(of_run.items()):
             look = {"color": f"C{number}", "lw": 1.2, "label": named(config, barrier)}
-            by_round.plot([r["round"] for r in mine], gaps, **look)
-            by_time.plot(time, gaps, **look)
-            residual.plot(time, [r["primal"] for r in mine], **look)
-            there = agrees(config, mine)
-            ends.append((there["round"], there["virtual_seconds"]) if there else ends[-1])
+            for panel, x, y in (
+                (by_round, "round", "gap"),
+                (by_time, "virtual_seconds", "gap"),
+                (residual, "virtual_seconds", "primal"),
+            ):
+                shown_rows = [r for r in mine if r[x] <= last[x]]
+                values = np.maximum(np.abs([r[y] for r in shown_rows]), config.target / 10)
+                panel.plot([r[x] for r in shown_rows], values, **look)
         for panel in (by_round, by_time):
             panel.axhline(config.target, color="0.4", lw=0.8, ls=":")
-            panel.set_ylim(config.target / 30, 10)
-        for panel, end in zip((by_round, by_time, residual), (0, 1, 1), strict=True):
-            panel.set_xlim(0, 1.3 * max(e[end] for e in ends))
+            panel.set_ylim(config.target / 5, 10)
+        for panel in (by_round, by_time, residual):
+            panel.set_xlim(left=0)
             panel.set_yscale("log")
             panel.grid(alpha=0.3)
         by_round.set_ylabel(f"{clock}\nobjective, relative difference")
@@ -110,4 +116,4 @@ def plot(config: Config, rows: Rows, path: Path) -> None:
     figure.legend(
         *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
     )
-    figure.savefig(path, dpi=67, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=75, pil_kwargs={"optimize": True})

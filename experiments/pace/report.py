@@ -11,6 +11,8 @@ from experiments.curves import reached
 from experiments.pace.config import Config
 
 Rows = list[dict[str, Any]]
+POINTS = 70
+"""Of a curve in the picture, at most."""
 
 
 def of(rows: Rows, **wanted: Any) -> Rows:
@@ -87,9 +89,9 @@ def plot(config: Config, rows: Rows, runs: Rows, path: Path) -> None:
         for number, name in enumerate(config.methods):
             mine = of(rows, clock=clock, method=name)
             curves = [of(mine, seed=s) for s in dict.fromkeys(r["seed"] for r in mine)]
-            length = min(map(len, curves))
-            time = np.mean([[r[column] for r in c[:length]] for c in curves], axis=0)
-            loss = np.exp(np.mean([[np.log(r["loss"]) for r in c[:length]] for c in curves], 0))
+            few = slice(None, min(map(len, curves)), -(-min(map(len, curves)) // POINTS))
+            time = np.mean([[r[column] for r in c[few]] for c in curves], axis=0)
+            loss = np.exp(np.mean([[np.log(r["loss"]) for r in c[few]] for c in curves], 0))
             style = ("-", "--")[number % 2]
             by_time.plot(time, loss, f"C{number}", ls=style, lw=1.3, label=name)
             taken = to_target(config, rows, clock, name)
@@ -114,4 +116,4 @@ def plot(config: Config, rows: Rows, runs: Rows, path: Path) -> None:
     panels[0][0].legend(fontsize=8, ncols=2)
     panels[-1][0].set_xlabel(config.unit)
     panels[-1][1].set_xlabel(f"{config.unit} to a loss of {config.target:g}")
-    figure.savefig(path, dpi=70, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=72, pil_kwargs={"optimize": True})

@@ -45,13 +45,14 @@ def main(config: Config) -> None:
         f"{config.learning_rate:g}; backend {config.backend}: times are {config.unit}"
     )
     seeds = config.seeds if config.backend == "virtual" else config.seeds[:1]
-    problems = {
-        seed: digits(config.num_workers, config.batch, config.hidden, seed) for seed in seeds
-    }
     variants = [(c, m, s) for c in config.clocks for m in config.methods for s in seeds]
     rows: list[Row] = []
     runs: list[Row] = []
+    # Ray forks, which it must do before JAX has threads.
     with session(config) if config.backend == "ray" else contextlib.nullcontext():
+        problems = {
+            seed: digits(config.num_workers, config.batch, config.hidden, seed) for seed in seeds
+        }
         for clock, name, seed in track(variants, "training", console=console, transient=True):
             of_run = {"backend": config.backend, "clock": clock, "method": name, "seed": seed}
             told, evaluations = train(config, problems[seed], clock, name, seed)

@@ -21,16 +21,16 @@ class Config:
     """Which paces to try."""
     seed: int = 0
     """Of the initial model, the samples and the times."""
-    virtual_seconds: float = 25.0
+    virtual_seconds: float = 40.0
     """Length of a training run; the unit is the median time of a step."""
-    tail: float = 1.5
+    tail: float = 3.0
     """Of the times of a step: P(time > t) falls as t to the minus this; their median is 1."""
     latency_virtual_seconds: float = 0.01
     """Of a message, one way."""
     events: int = 60_000
-    """Of a measurement without gradients."""
+    """Of a measurement without gradients and without a network."""
 
-    evaluations: int = 50
+    evaluations: int = 40
     """Evaluations of a training run."""
     batch: int = 1
     """Images of one worker's step."""
@@ -38,7 +38,7 @@ class Config:
     """Units of the network's hidden layer."""
     learning_rate: float = 0.4
     """Of a clock: what all workers' updates of one clock move the model by."""
-    target: float = 0.7
+    target: float = 1.0
     """Training loss to reach, nats per image."""
 
     def __post_init__(self) -> None:
