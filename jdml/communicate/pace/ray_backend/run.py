@@ -258,7 +258,8 @@ class _Run:
 
     def wait(self, *, ending: bool = False) -> None:
         """Until something comes, but not for long; then sees to it."""
-        awaited = [ref for each in (*self.keepers, *self.present) for ref in each.awaited]
+        awaited = [ref for keeper in self.keepers for ref in keeper.awaited]
+        awaited += [ref for post in self.present for ref in post.awaited]
         if awaited:
             self.ray.wait(awaited, num_returns=1, timeout=TICK)
         else:

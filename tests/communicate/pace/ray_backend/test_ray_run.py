@@ -67,7 +67,7 @@ def happened(run, what):
 
 @pytest.mark.slow
 def test_workers_killed_frozen_and_slow(session, tmp_path):
-    lease, bound = 2.0, 4
+    lease, bound = 3.0, 4
     rule = Rule(stale_synchronous(bound), add(0.25))
     server = ray_server(start(), rule, 3, lease=lease, on_applied=Note(tmp_path))
     strikes = [(20, "worker 1", signal.SIGKILL), (40, "worker 2", signal.SIGSTOP)]
@@ -84,7 +84,7 @@ def test_workers_killed_frozen_and_slow(session, tmp_path):
     assert sorted(happened(run, "failed")) == ["worker 1", "worker 2"]
     why = {h.who: h.why for h in run.happenings if h.what == "failed"}
     assert "its process ended" in why["worker 1"]
-    assert "has not answered for 2 s" in why["worker 2"]
+    assert "has not answered for 3 s" in why["worker 2"]
     assert not run.gone
     assert sorted(run.worker_states) == [0, 1, 2]
     # The frozen one was killed: nothing is left that could come back.
@@ -100,8 +100,8 @@ def test_workers_killed_frozen_and_slow(session, tmp_path):
     times = np.array([when for when, *_ in applied])
     frozen_at = struck.times[1]
     waits = np.diff(np.concatenate([[frozen_at], times[times > frozen_at]]))
-    # A second more, for processes start meanwhile on a machine of a few cores.
-    assert waits.max() <= lease + 1
+    # As much again for a busy machine: without a lease it would be for ever.
+    assert waits.max() <= 2 * lease
     server.stop()
 
 
@@ -145,7 +145,7 @@ def test_shards_killed_and_frozen_are_restored(session, tmp_path):
     )
     assert happened(run, "lost") == happened(run, "restored") == list(struck)
     assert not run.restarts  # the workers' processes lived on, as newer incarnations
-    assert min(run.returns.values()) >= 2
+    assert sorted(run.returns) == [0, 1]
     for pid, applied in notes(tmp_path).items():
         assert [version for _, _, _, version, *_ in applied] == list(
             range(applied[0][3], applied[-1][3] + 1)
