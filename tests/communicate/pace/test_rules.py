@@ -26,6 +26,7 @@ from jdml.communicate.pace import (
     stale_synchronous,
     synchronous,
 )
+from jdml.communicate.pace.rules.arithmetic import all_moved, moved
 from tests.communicate.pace.problems import Quadratic, sgd_workers, start
 
 K = 4
@@ -52,6 +53,20 @@ def test_no_staleness_is_synchronous_sgd_bit_for_bit():
         w = w + total * (1 / K)
     np.testing.assert_array_equal(server.params["w"], w)
     assert server.staleness == {0: K * ROUNDS}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_large_leaves_move_as_small_ones_do(scale):
+    draw = np.random.default_rng(0)
+    shapes = [(3, 700_001), (), (0, 4), (600_000,), (5,)]
+    x = [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
+    x += [x[0].astype(np.float16), x[0].T]
+    u = [np.cos(leaf) for leaf in x]
+    with_large = all_moved(tuple(x), u, scale)
+    for leaf, step, out in zip(x, u, with_large, strict=True):
+        np.testing.assert_array_equal(out, moved(leaf, step, scale))
+        assert out.dtype == leaf.dtype
+        assert not out.flags.writeable
 
 
 def replayed(trace, task, apply):
