@@ -100,9 +100,7 @@ class BlockCodes(Codec):
     def decode_rows(self, payload: dict[str, jax.Array], length: int) -> jax.Array:
         return jnp.concatenate(self._decode_runs(payload), axis=1).reshape(-1, length)
 
-    def decode_sum(
-        self, payload: dict[str, jax.Array], length: int, divisor: int = 1
-    ) -> jax.Array:
+    def decode_sum(self, payload: dict[str, jax.Array], length: int, divisor: int = 1) -> jax.Array:
         total = self._sum(payload, length)
         return total if divisor == 1 else total / divisor
 
