@@ -186,6 +186,11 @@ class Server(Attendance):
         assert snapshot is not None
         return snapshot
 
+    def published(self) -> Snapshot:
+        """The parameters as the next reader gets them, encoded once."""
+        with self._changed:
+            return self._model.publish()
+
     # Writing.
 
     def sender(self, worker: int) -> Sender:

@@ -17,7 +17,7 @@ from jdml.communicate.pace.messages import Ack, MemberInfo, Registration, Snapsh
 from jdml.communicate.pace.payload import Format, Parcel, Sender, frozen, split_content
 from jdml.communicate.pace.ray_backend.errors import NotRestored, Unreachable
 from jdml.communicate.pace.ray_backend.session import import_ray, ray_in_session
-from jdml.communicate.pace.ray_backend.shard import Shard
+from jdml.communicate.pace.ray_backend.shard import SHARED_FROM, Shard
 from jdml.communicate.pace.rules.base import Rule
 from jdml.communicate.pace.server import Server
 from jdml.communicate.pace.sharded import ShardedServer
@@ -244,7 +244,11 @@ class RayServer:
                     "server.sender(worker)(update, seq) returns."
                 )
             update = self.push_format.encode(self.push_format.leaves(update, "push"))
-        return self._call("push", worker, incarnation, seq, update, base_version)
+        content = update.content
+        if update.nbytes >= SHARED_FROM:
+            # In a list, Ray leaves it to the server to look for it, which is sooner.
+            content = [import_ray().put(content)]
+        return self._call("push", worker, incarnation, seq, content, update.nbytes, base_version)
 
     def snapshot(self) -> dict[str, Any]:
         return self._call("snapshot")

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from jdml.communicate.pace.server import Server
 SHARED_FROM = 1 << 20
 """Bytes from which on a version is put into shared memory once, for all who read it."""
 CHECKS_PER_LEASE = 16
+GET_SECONDS = 30.0
+"""Wall seconds for what lies in shared memory, or on another node."""
 
 
 class Shard:
@@ -47,6 +50,8 @@ class Shard:
         self._fenced: dict[int, int] = {}
         self._publishing = threading.Lock()
         self._published: tuple[Parcel | None, Any] = (None, None)
+        self._last_read = -1
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="publishing")
 
     def begin(self, leaves: Leaves) -> None:
         """Starts with these parameters, unless it has started."""
@@ -91,14 +96,34 @@ class Shard:
             )
         except StaleTimeout as error:
             return str(error)
-        parcel = snapshot.parcel
+        parcel, self._last_read = snapshot.parcel, snapshot.version
         return snapshot.version, snapshot.min_clock, parcel.nbytes, self._shared(parcel)
 
     def push(
-        self, worker: int, incarnation: int, seq: int, parcel: Parcel, base_version: int
+        self,
+        worker: int,
+        incarnation: int,
+        seq: int,
+        content: Any,
+        nbytes: int,
+        base_version: int,
     ) -> Ack:
-        """As ``Server.push``; the parcel's arrays lie in shared memory and are not copied."""
-        return self._open(worker, incarnation).push(worker, incarnation, seq, parcel, base_version)
+        """As ``Server.push``; large content, a reference in a list, is read without a copy.
+
+        Where the version before was read, this one is put into shared memory before it is asked
+        for.
+        """
+        server = self._open(worker, incarnation)
+        if isinstance(content, list):
+            content = self._ray.get(content[0], timeout=GET_SECONDS)
+        was_read = self._last_read == server.version
+        ack = server.push(worker, incarnation, seq, Parcel(content, nbytes), base_version)
+        if was_read and ack.version > base_version:
+            self._ahead.submit(self._publish, server)
+        return ack
+
+    def _publish(self, server: Server) -> None:
+        self._shared(server.published().parcel)
 
     def snapshot(self) -> dict[str, Any]:
         """As ``Server.snapshot``, in NumPy."""
