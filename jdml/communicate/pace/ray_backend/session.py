@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
@@ -98,7 +99,7 @@ def local_session(
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if in_main else None
     try:
-        with _set_in_environment(environment):
+        with _set_in_environment(environment), forks_expected():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -119,6 +120,15 @@ def local_session(
         ray.shutdown()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def forks_expected() -> Iterator[None]:
+    """Ray forks its processes off this one, which then begin anew; JAX warns of any fork."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        yield
 
 
 def _check_free(port: int) -> None:

@@ -10,7 +10,12 @@ import pytest
 
 from jdml.communicate.pace import Rule, add, asynchronous
 from jdml.communicate.pace.ray_backend import ray_server, run_ray
-from jdml.communicate.pace.ray_backend.session import ENVIRONMENT, LOOPBACK, import_ray
+from jdml.communicate.pace.ray_backend.session import (
+    ENVIRONMENT,
+    LOOPBACK,
+    forks_expected,
+    import_ray,
+)
 from tests.communicate.pace.problems import start
 from tests.communicate.pace.ray_backend.listeners import listeners
 from tests.communicate.pace.ray_backend.tasks import Note, TimedWorkers
@@ -25,6 +30,7 @@ def two_nodes():
 
     node = {"node_ip_address": LOOPBACK, "object_store_memory": 100_000_000}
     with mock.patch.dict(os.environ, ENVIRONMENT), contextlib.ExitStack() as stack:
+        stack.enter_context(forks_expected())
         cluster = Cluster(shutdown_at_exit=False)
         stack.callback(cluster.shutdown)
         cluster.add_node(**node, num_cpus=8, include_dashboard=False)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from jdml.communicate.pace import PaceError, Rule, add, asynchronous, stale_synchronous
+from jdml.communicate.pace import Evicted, PaceError, Rule, add, asynchronous, stale_synchronous
 from jdml.communicate.pace.ray_backend import ray_server, run_ray
 from tests.communicate.pace.problems import start
 from tests.communicate.pace.ray_backend.tasks import (
@@ -61,6 +61,14 @@ class Striker:
         self.thread.join()
 
 
+def runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 def happened(run, what):
     return [h.who for h in run.happenings if h.what == what]
 
@@ -87,10 +95,11 @@ def test_workers_killed_frozen_and_slow(session, tmp_path):
     assert "has not answered for 3 s" in why["worker 2"]
     assert not run.gone
     assert sorted(run.worker_states) == [0, 1, 2]
-    # The frozen one was killed: nothing is left that could come back.
-    assert not os.path.exists(f"/proc/{struck.pids['worker 2']}") or not _runs(
-        struck.pids["worker 2"]
-    )
+    # The frozen one is killed, for which Ray takes some seconds: nothing is left to come back.
+    end = time.monotonic() + 30
+    while runs(struck.pids["worker 2"]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not runs(struck.pids["worker 2"])
     ((_, applied),) = notes(tmp_path).items()
     check_once_each(applied)
     assert applied[-1][3] == server.version
@@ -105,11 +114,6 @@ def test_workers_killed_frozen_and_slow(session, tmp_path):
     server.stop()
 
 
-def _runs(pid):
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] not in "ZX"
-
-
 @pytest.mark.slow
 def test_shards_killed_and_frozen_are_restored(session, tmp_path):
     server = ray_server(
@@ -122,27 +126,49 @@ def test_shards_killed_and_frozen_are_restored(session, tmp_path):
     )
     pids = [s.place()[1] for s in server.servers]
     struck = {"server shard 0": signal.SIGKILL, "server shard 1": signal.SIGSTOP}
-
-    def strike(happening):
-        if happening.what == "started" and happening.who == "worker 1":
-            threading.Timer(1.0, os.kill, (pids[0], signal.SIGKILL)).start()
-        if happening.what == "restored" and happening.who == "server shard 0":
-            threading.Timer(1.0, os.kill, (pids[1], signal.SIGSTOP)).start()
-        if happening.what == "restored" and happening.who == "server shard 1":
-            threading.Timer(0.5, enough.set).start()
-
+    restored = {who: threading.Event() for who in struck}
     enough = threading.Event()
 
-    run = run_ray(
-        server,
-        TimedWorkers([0.01, 0.01]),
-        seconds=60,
-        stop=enough,
-        snapshot_every_seconds=0.3,
-        evaluate=lambda params: None,
-        evaluate_every_seconds=1.0,
-        on_happening=strike,
-    )
+    def note(happening):
+        if happening.what == "restored":
+            restored[happening.who].set()
+
+    def clocks():
+        try:
+            return np.array([s.clock(worker) for s in server.servers for worker in (0, 1)])
+        except Evicted:  # has not come, or not come back
+            return np.full(4, -1)
+
+    def advance():
+        """Until each worker has got three more updates into each shard."""
+        begin = clocks()
+        while (clocks() < begin + 3).any() and not enough.wait(0.05):
+            pass
+
+    def strike():
+        for (who, number), pid in zip(struck.items(), pids, strict=True):
+            advance()
+            os.kill(pid, number)
+            restored[who].wait(60)
+        advance()
+        enough.set()
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    try:
+        run = run_ray(
+            server,
+            TimedWorkers([0.01, 0.01]),
+            seconds=120,
+            stop=enough,
+            snapshot_every_seconds=0.3,
+            evaluate=lambda params: None,
+            evaluate_every_seconds=1.0,
+            on_happening=note,
+        )
+    finally:
+        enough.set()
+        striker.join()
     assert happened(run, "lost") == happened(run, "restored") == list(struck)
     assert not run.restarts  # the workers' processes lived on, as newer incarnations
     assert sorted(run.returns) == [0, 1]
