@@ -109,8 +109,8 @@ def test_workers_killed_frozen_and_slow(session, tmp_path):
     times = np.array([when for when, *_ in applied])
     frozen_at = struck.times[1]
     waits = np.diff(np.concatenate([[frozen_at], times[times > frozen_at]]))
-    # As much again for a busy machine: without a lease it would be for ever.
-    assert waits.max() <= 2 * lease
+    # A second more, for processes start meanwhile on a machine of a few cores.
+    assert waits.max() <= lease + 1
     server.stop()
 
 
@@ -172,6 +172,7 @@ def test_shards_killed_and_frozen_are_restored(session, tmp_path):
     assert happened(run, "lost") == happened(run, "restored") == list(struck)
     assert not run.restarts  # the workers' processes lived on, as newer incarnations
     assert sorted(run.returns) == [0, 1]
+    assert min(run.returns.values()) >= 2  # once for each shard that was lost
     for pid, applied in notes(tmp_path).items():
         assert [version for _, _, _, version, *_ in applied] == list(
             range(applied[0][3], applied[-1][3] + 1)
