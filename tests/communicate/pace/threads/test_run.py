@@ -124,7 +124,7 @@ def test_a_slow_worker_does_not_hold_the_others():
 
 def test_threads_and_virtual_time_agree_in_distribution():
     """The staleness of the updates, who takes part how often, and how far the model comes."""
-    times, num_versions = [0.004, 0.004, 0.004, 0.012], 200
+    times, num_versions = [0.016, 0.016, 0.016, 0.048], 200
     rule = Rule(stale_synchronous(3), add(1 / 4))
 
     def fresh(**options):
@@ -194,10 +194,10 @@ def test_evaluations_and_times():
     seen = []
     server, done, _, _ = run(
         Rule(asynchronous(), add(1 / K)),
-        seconds=0.3,
+        seconds=1.2,
         slow_down=np.array([[0.004] * K]),
         evaluate=lambda params: seen.append(params["w"].copy()) or len(seen),
-        evaluate_every_seconds=0.05,
+        evaluate_every_seconds=0.2,
     )
     times = [e.wall_seconds for e in done.evaluations]
     assert times[0] == 0
