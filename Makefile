@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train experiment named test test-tpu lint bench bench-peers run-benchmarks clean
+.PHONY: help train experiment named test test-slow test-tpu lint bench bench-peers run-benchmarks clean
 
 help:
 	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
 	@echo 'make experiment NAME=ensemble  any of experiments/, with what it needs'
-	@echo 'make test    lint, type check and all tests'
+	@echo 'make test    lint, type check and the tests but the slow ones'
+	@echo 'make test-slow  the tests that take more than ten seconds each'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make test-tpu  the tests that compile for TPU topologies; needs no TPU, x86 Linux only'
 	@echo 'make bench   the benchmarks, or those in BENCHMARKS=links; links needs root on Linux'
@@ -39,7 +40,10 @@ named:
 	echo 'make experiment NAME=...: one of'; ls experiments/*/run.py; exit 1; }
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # In an environment of its own: with libtpu beside it, JAX would look for a TPU everywhere else.
 test-tpu:
