@@ -1,0 +1,325 @@
+"""The samples of a linear model, ``X [n, d]``: dense, or sparse and never densified.
+
+Both are pytrees with the same methods, which work under ``jit``. ``w`` is ``[d]`` or, with several
+outputs, ``[d, outputs]``; ``v`` is ``[n]`` or ``[n, outputs]``.
+
+Sparse rows are kept twice, by rows and by columns, each in groups of rows of about the same number
+of non-zeros, filled up with zeros to one width (at most a half more). So both products are gathers
+and sums along a dim, which run on all cores, and nothing is scattered, which XLA does on one core
+of a CPU, element by element. A row is contiguous, so that one sample can be taken as well.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+
+GRAM_ROWS = 1024
+"""Rows of which a sparse Gram matrix is summed at a time."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """``x [n, d]``; made by :func:`as_rows`, which checks."""
+
+    x: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.x.dtype
+
+    @property
+    def T(self) -> "Dense":
+        """``Xᵀ``, whose rows are the columns."""
+        return Dense(self.x.T)
+
+    def matvec(self, w: jax.Array) -> jax.Array:
+        """``X w``."""
+        return self.x @ w
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        """``Xᵀ v``."""
+        return self.x.T @ v
+
+    def squared_norms(self) -> jax.Array:
+        """``|x_i|²``, ``[n]``."""
+        return jnp.einsum("ij,ij->i", self.x, self.x)
+
+    def gram(self, weights: jax.Array) -> jax.Array:
+        """``Xᵀ diag(weights) X``, ``[d, d]``; weights ``[n]``."""
+        return self.x.T @ (self.x * weights[:, None])
+
+    def take(self, samples: jax.Array) -> "Dense":
+        """The rows of these numbers, ``[b]``, as rows."""
+        return Dense(self.x[samples])
+
+    def dot(self, sample: jax.Array, w: jax.Array) -> jax.Array:
+        """``x_iᵀ w`` of one sample's number."""
+        return self.x[sample] @ w
+
+    def add(self, w: jax.Array, sample: jax.Array, scale: jax.Array) -> jax.Array:
+        """``w + scale x_i`` of one sample's number; ``w`` is ``[d]``."""
+        return w + scale * self.x[sample]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["columns", "values", "starts", "counts", "places"],
+    meta_fields=["groups"],
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows in groups of one width each.
+
+    Attributes:
+      columns: int32 ``[stored]``; 0 where there is nothing.
+      values: ``[stored]``; 0 where there is nothing. Both have the widest row's width more at the
+        end, so that as much may be read from any row's start.
+      starts: ``[n]``, where each row starts.
+      counts: ``[n]``, its non-zeros.
+      places: ``[n]``, its place in the order of groups.
+      groups: ``(rows, width)`` of each group, narrowest first.
+    """
+
+    columns: jax.Array
+    values: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+    places: jax.Array
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def width(self) -> int:
+        return max(width for _, width in self.groups)
+
+    def product(self, w: jax.Array) -> jax.Array:
+        """``[n]`` or ``[n, outputs]``: each row times ``w``."""
+        parts, start = [], 0
+        for rows, width in self.groups:
+            at = slice(start, start + rows * width)
+            columns, values = self.columns[at], self.values[at]
+            if w.ndim == 2:
+                values = values[:, None]
+            terms = _at(w, columns) * values
+            parts.append(jnp.sum(terms.reshape(rows, width, *w.shape[1:]), axis=1))
+            start += rows * width
+        return jnp.concatenate(parts).at[self.places].get(mode="promise_in_bounds")
+
+    def sums_of_squares(self) -> jax.Array:
+        parts, start = [], 0
+        for rows, width in self.groups:
+            block = self.values[start : start + rows * width].reshape(rows, width)
+            parts.append(jnp.sum(block * block, axis=1))
+            start += rows * width
+        return jnp.concatenate(parts)[self.places]
+
+    def row(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(columns, values)`` of one row, both ``[widest row]``; past its end 0 and 0."""
+        start = self.starts[number]
+        within = jnp.arange(self.width, dtype=self.counts.dtype) < self.counts[number]
+        columns = jax.lax.dynamic_slice(self.columns, (start,), (self.width,))
+        values = jax.lax.dynamic_slice(self.values, (start,), (self.width,))
+        return jnp.where(within, columns, 0), jnp.where(within, values, 0)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["by_row", "by_column"], meta_fields=["shape"]
+)
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """Sparse rows; made by :func:`as_rows`. Methods as :class:`Dense`."""
+
+    by_row: Packed
+    by_column: Packed
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> Any:
+        return self.by_row.values.dtype
+
+    @property
+    def T(self) -> "Sparse":
+        """``Xᵀ``; costs nothing."""
+        return Sparse(self.by_column, self.by_row, self.shape[::-1])
+
+    def matvec(self, w: jax.Array) -> jax.Array:
+        return self.by_row.product(w)
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        return self.by_column.product(v)
+
+    def squared_norms(self) -> jax.Array:
+        return self.by_row.sums_of_squares()
+
+    def gram(self, weights: jax.Array) -> jax.Array:
+        """As of Dense; ``GRAM_ROWS`` rows at a time are spread out to ``[rows, d]``."""
+        n, d = self.shape
+        size = min(GRAM_ROWS, n)
+        numbers = jnp.arange(-(-n // size) * size).reshape(-1, size)
+
+        def more(total, samples):
+            part = self.take(jnp.minimum(samples, n - 1))
+            x = jnp.zeros((size, d), self.dtype)
+            x = x.at[jnp.arange(size)[:, None], part.columns].add(part.values)
+            heavy = jnp.where(samples < n, _at(weights, jnp.minimum(samples, n - 1)), 0)
+            return total + x.T @ (x * heavy[:, None]), None
+
+        return jax.lax.scan(more, jnp.zeros((d, d), self.dtype), numbers)[0]
+
+    def take(self, samples: jax.Array) -> "Taken":
+        return Taken(*jax.vmap(self.by_row.row)(samples), self.shape[1])
+
+    def dot(self, sample: jax.Array, w: jax.Array) -> jax.Array:
+        columns, values = self.by_row.row(sample)
+        return values @ _at(w, columns)
+
+    def add(self, w: jax.Array, sample: jax.Array, scale: jax.Array) -> jax.Array:
+        columns, values = self.by_row.row(sample)
+        return jnp.asarray(w).at[columns].add(scale * values, mode="promise_in_bounds")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["columns", "values"], meta_fields=["num_columns"]
+)
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """Some of the sparse rows, ``columns`` and ``values`` ``[b, widest row]``."""
+
+    columns: jax.Array
+    values: jax.Array
+    num_columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.num_columns
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def matvec(self, w: jax.Array) -> jax.Array:
+        values = self.values[..., None] if w.ndim == 2 else self.values
+        return jnp.sum(_at(w, self.columns) * values, axis=1)
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        values = self.values[..., None] if v.ndim == 2 else self.values
+        total = jnp.zeros((self.num_columns, *v.shape[1:]), self.dtype)
+        return total.at[self.columns].add(values * v[:, None], mode="promise_in_bounds")
+
+    def squared_norms(self) -> jax.Array:
+        return jnp.sum(self.values**2, axis=1)
+
+
+Rows = Dense | Sparse
+
+
+def as_rows(x: Any, name: str = "X") -> Rows:
+    """Rows of an array, of a SciPy sparse matrix or array, or of rows, checked.
+
+    Args:
+      x: ``[n, d]``, f32 or f64 (whole numbers become JAX's default float); what is f64 wants a
+        session with x64. Entries of a sparse matrix given several times are summed.
+      name: What messages call it.
+
+    Raises:
+      ValueError: wrong shape or dtype, f64 without x64, or rows with NaN or infinity, whose numbers
+        are given.
+    """
+    if isinstance(x, (Dense, Sparse)):
+        return x
+    if scipy.sparse.issparse(x):
+        matrix = scipy.sparse.csr_array(x)
+        _check_shape(matrix.shape, name)
+        matrix = matrix.astype(float_dtype(matrix.dtype, name))
+        if not matrix.has_canonical_format:
+            matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        bad = ~np.isfinite(matrix.data)
+        if bad.any():
+            number_of = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+            _refuse_rows(np.unique(number_of[bad]), name)
+        by_column = scipy.sparse.csr_array(matrix.T)
+        return Sparse(_pack(matrix), _pack(by_column), matrix.shape)
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x)
+    _check_shape(x.shape, name)
+    dtype = float_dtype(x.dtype, name)
+    found = jnp.asarray(x, dtype)
+    finite = np.asarray(jnp.isfinite(found).all(axis=1))
+    if not finite.all():
+        _refuse_rows(np.flatnonzero(~finite), name)
+    return Dense(found)
+
+
+def float_dtype(dtype: Any, name: str) -> Any:
+    """The dtype in which numbers of this one are kept; raises for f64 without x64."""
+    default = jnp.zeros(()).dtype
+    dtype = np.dtype(dtype)
+    if dtype.kind in "biu":
+        return default
+    if dtype == np.float64 and default != np.float64:
+        raise ValueError(
+            f"{name} is float64, and this session of JAX has no float64. Switch it on with "
+            'jax.config.update("jax_enable_x64", True), work within `with jax.enable_x64():`, or '
+            f"give {name}.astype(np.float32)."
+        )
+    if dtype not in (np.float32, np.float64):
+        raise ValueError(f"{name} has dtype {dtype}; expected float32 or float64.")
+    return dtype
+
+
+def _at(w: jax.Array, places: jax.Array) -> jax.Array:
+    return jnp.asarray(w).at[places].get(mode="promise_in_bounds")
+
+
+def _check_shape(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; expected [samples, features], at least one of each."
+        )
+
+
+def _refuse_rows(numbers: np.ndarray, name: str) -> None:
+    shown = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
+    raise ValueError(
+        f"{name} has NaN or infinity in {len(numbers)} rows: {shown}. Leave these rows out or "
+        "impute what is missing."
+    )
+
+
+def _width(count: np.ndarray) -> np.ndarray:
+    """The least of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is not below."""
+    power = 2 ** np.ceil(np.log2(np.maximum(count, 1))).astype(np.int64)
+    return np.where(count == 0, 0, np.where(count <= power * 3 // 4, power * 3 // 4, power))
+
+
+def _pack(matrix: scipy.sparse.csr_array) -> Packed:
+    counts = np.diff(matrix.indptr).astype(np.int64)
+    widths = np.maximum(_width(counts), counts)
+    order = np.argsort(widths, kind="stable")
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    starts = (np.cumsum(widths[order]) - widths[order])[places]
+    stored = int(widths.sum()) + int(widths.max())
+    index = np.int32 if stored < 2**31 else np.int64
+    columns, values = np.zeros(stored, np.int32), np.zeros(stored, matrix.dtype)
+    at = np.arange(matrix.nnz) + np.repeat(starts - matrix.indptr[:-1], counts)
+    columns[at], values[at] = matrix.indices, matrix.data
+    found, rows = np.unique(widths, return_counts=True)
+    return Packed(
+        jnp.asarray(columns),
+        jnp.asarray(values),
+        jnp.asarray(starts.astype(index)),
+        jnp.asarray(counts.astype(np.int32)),
+        jnp.asarray(places.astype(np.int32)),
+        tuple((int(r), int(w)) for w, r in zip(found, rows, strict=True)),
+    )
