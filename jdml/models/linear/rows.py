@@ -3,10 +3,8 @@
 Both are pytrees with the same methods, which work under ``jit``. ``w`` is ``[d]`` or, with several
 outputs, ``[d, outputs]``; ``v`` is ``[n]`` or ``[n, outputs]``.
 
-Sparse rows are kept twice, by rows and by columns, each in groups of rows of about the same number
-of non-zeros, filled up with zeros to one width (at most a half more). So both products are gathers
-and sums along a dim, which run on all cores, and nothing is scattered, which XLA does on one core
-of a CPU, element by element. A row is contiguous, so that one sample can be taken as well.
+Sparse rows are packed by rows and by columns (``packed.py``), so that both products are gathers
+and sums, and the transpose costs nothing.
 """
 
 import dataclasses
@@ -17,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
+
+from jdml.models.linear.packed import Packed, gather, pack
 
 GRAM_ROWS = 1024
 """Rows of which a sparse Gram matrix is summed at a time."""
@@ -72,66 +72,6 @@ class Dense:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["columns", "values", "starts", "counts", "places"],
-    meta_fields=["groups"],
-)
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Rows in groups of one width each.
-
-    Attributes:
-      columns: int32 ``[stored]``; 0 where there is nothing.
-      values: ``[stored]``; 0 where there is nothing. Both have the widest row's width more at the
-        end, so that as much may be read from any row's start.
-      starts: ``[n]``, where each row starts.
-      counts: ``[n]``, its non-zeros.
-      places: ``[n]``, its place in the order of groups.
-      groups: ``(rows, width)`` of each group, narrowest first.
-    """
-
-    columns: jax.Array
-    values: jax.Array
-    starts: jax.Array
-    counts: jax.Array
-    places: jax.Array
-    groups: tuple[tuple[int, int], ...]
-
-    @property
-    def width(self) -> int:
-        return max(width for _, width in self.groups)
-
-    def product(self, w: jax.Array) -> jax.Array:
-        """``[n]`` or ``[n, outputs]``: each row times ``w``."""
-        parts, start = [], 0
-        for rows, width in self.groups:
-            at = slice(start, start + rows * width)
-            columns, values = self.columns[at], self.values[at]
-            if w.ndim == 2:
-                values = values[:, None]
-            terms = _at(w, columns) * values
-            parts.append(jnp.sum(terms.reshape(rows, width, *w.shape[1:]), axis=1))
-            start += rows * width
-        return jnp.concatenate(parts).at[self.places].get(mode="promise_in_bounds")
-
-    def sums_of_squares(self) -> jax.Array:
-        parts, start = [], 0
-        for rows, width in self.groups:
-            block = self.values[start : start + rows * width].reshape(rows, width)
-            parts.append(jnp.sum(block * block, axis=1))
-            start += rows * width
-        return jnp.concatenate(parts)[self.places]
-
-    def row(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """``(columns, values)`` of one row, both ``[widest row]``; past its end 0 and 0."""
-        start = self.starts[number]
-        within = jnp.arange(self.width, dtype=self.counts.dtype) < self.counts[number]
-        columns = jax.lax.dynamic_slice(self.columns, (start,), (self.width,))
-        values = jax.lax.dynamic_slice(self.values, (start,), (self.width,))
-        return jnp.where(within, columns, 0), jnp.where(within, values, 0)
-
-
-@functools.partial(
     jax.tree_util.register_dataclass, data_fields=["by_row", "by_column"], meta_fields=["shape"]
 )
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +110,7 @@ class Sparse:
             part = self.take(jnp.minimum(samples, n - 1))
             x = jnp.zeros((size, d), self.dtype)
             x = x.at[jnp.arange(size)[:, None], part.columns].add(part.values)
-            heavy = jnp.where(samples < n, _at(weights, jnp.minimum(samples, n - 1)), 0)
+            heavy = jnp.where(samples < n, gather(weights, jnp.minimum(samples, n - 1)), 0)
             return total + x.T @ (x * heavy[:, None]), None
 
         return jax.lax.scan(more, jnp.zeros((d, d), self.dtype), numbers)[0]
@@ -180,7 +120,7 @@ class Sparse:
 
     def dot(self, sample: jax.Array, w: jax.Array) -> jax.Array:
         columns, values = self.by_row.row(sample)
-        return values @ _at(w, columns)
+        return values @ gather(w, columns)
 
     def add(self, w: jax.Array, sample: jax.Array, scale: jax.Array) -> jax.Array:
         columns, values = self.by_row.row(sample)
@@ -208,7 +148,7 @@ class Taken:
 
     def matvec(self, w: jax.Array) -> jax.Array:
         values = self.values[..., None] if w.ndim == 2 else self.values
-        return jnp.sum(_at(w, self.columns) * values, axis=1)
+        return jnp.sum(gather(w, self.columns) * values, axis=1)
 
     def rmatvec(self, v: jax.Array) -> jax.Array:
         values = self.values[..., None] if v.ndim == 2 else self.values
@@ -248,7 +188,7 @@ def as_rows(x: Any, name: str = "X") -> Rows:
             number_of = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
             _refuse_rows(np.unique(number_of[bad]), name)
         by_column = scipy.sparse.csr_array(matrix.T)
-        return Sparse(_pack(matrix), _pack(by_column), matrix.shape)
+        return Sparse(pack(matrix), pack(by_column), matrix.shape)
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
     _check_shape(x.shape, name)
@@ -277,10 +217,6 @@ def float_dtype(dtype: Any, name: str) -> Any:
     return dtype
 
 
-def _at(w: jax.Array, places: jax.Array) -> jax.Array:
-    return jnp.asarray(w).at[places].get(mode="promise_in_bounds")
-
-
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
@@ -293,33 +229,4 @@ def _refuse_rows(numbers: np.ndarray, name: str) -> None:
     raise ValueError(
         f"{name} has NaN or infinity in {len(numbers)} rows: {shown}. Leave these rows out or "
         "impute what is missing."
-    )
-
-
-def _width(count: np.ndarray) -> np.ndarray:
-    """The least of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is not below."""
-    power = 2 ** np.ceil(np.log2(np.maximum(count, 1))).astype(np.int64)
-    return np.where(count == 0, 0, np.where(count <= power * 3 // 4, power * 3 // 4, power))
-
-
-def _pack(matrix: scipy.sparse.csr_array) -> Packed:
-    counts = np.diff(matrix.indptr).astype(np.int64)
-    widths = np.maximum(_width(counts), counts)
-    order = np.argsort(widths, kind="stable")
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    starts = (np.cumsum(widths[order]) - widths[order])[places]
-    stored = int(widths.sum()) + int(widths.max())
-    index = np.int32 if stored < 2**31 else np.int64
-    columns, values = np.zeros(stored, np.int32), np.zeros(stored, matrix.dtype)
-    at = np.arange(matrix.nnz) + np.repeat(starts - matrix.indptr[:-1], counts)
-    columns[at], values[at] = matrix.indices, matrix.data
-    found, rows = np.unique(widths, return_counts=True)
-    return Packed(
-        jnp.asarray(columns),
-        jnp.asarray(values),
-        jnp.asarray(starts.astype(index)),
-        jnp.asarray(counts.astype(np.int32)),
-        jnp.asarray(places.astype(np.int32)),
-        tuple((int(r), int(w)) for w, r in zip(found, rows, strict=True)),
     )

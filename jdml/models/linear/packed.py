@@ -1,0 +1,151 @@
+"""Sparse rows packed for products that gather and add up, and scatter nothing.
+
+XLA scatters on one core of a CPU, element by element, and reduces what it gathers at about 5 ns an
+element. Here rows of about the same number of non-zeros stand side by side, filled up with zeros to
+one width, as ``[width, rows]``, and the products of eight lines at a time are added to all rows at
+once: 1 ns an element in f64 on two cores, as SciPy. The same non-zeros stand row after row as well,
+so that a sample can be taken by itself; with rows packed by columns too, each is there four times.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+
+LINES = 8
+"""Lines of a group that are added in one loop over its rows; more was slower."""
+
+FEW_ROWS = 64
+"""A group of fewer rows joins a wider one if that costs little, and is reduced row by row."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["columns", "values", "starts", "counts", "places", "groups"],
+    meta_fields=["width"],
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Sparse rows.
+
+    Attributes:
+      columns: int32 ``[nnz + width]``, row after row; zeros at the end, so that ``width`` of them
+        may be read from any row's start.
+      values: ``[nnz + width]``, theirs.
+      starts: ``[n]``, where each row starts.
+      counts: int32 ``[n]``, its non-zeros.
+      places: int32 ``[n]``, its place in the order of groups.
+      groups: ``(columns, values)`` of each group of rows, ``[its width, its rows]``; 0 and 0 where
+        there is nothing.
+      width: Most non-zeros of a row.
+    """
+
+    columns: jax.Array
+    values: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+    places: jax.Array
+    groups: tuple[tuple[jax.Array, jax.Array], ...]
+    width: int
+
+    def product(self, w: jax.Array) -> jax.Array:
+        """``[n]`` or ``[n, outputs]``: each row times ``w``."""
+        w = jnp.asarray(w)
+        return gather(jnp.concatenate([_group_product(*g, w) for g in self.groups]), self.places)
+
+    def sums_of_squares(self) -> jax.Array:
+        """``[n]``."""
+        return gather(jnp.concatenate([jnp.sum(v**2, axis=0) for _, v in self.groups]), self.places)
+
+    def row(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(columns, values)`` of one row, both ``[width]``; past its end 0 and 0."""
+        start = self.starts[number]
+        within = jnp.arange(self.width, dtype=self.counts.dtype) < self.counts[number]
+        columns = jax.lax.dynamic_slice(self.columns, (start,), (self.width,))
+        values = jax.lax.dynamic_slice(self.values, (start,), (self.width,))
+        return jnp.where(within, columns, 0), jnp.where(within, values, 0)
+
+
+def gather(w: jax.Array, places: jax.Array) -> jax.Array:
+    """``w[places]``, all of which must be there."""
+    return jnp.asarray(w).at[places].get(mode="promise_in_bounds")
+
+
+def pack(matrix: scipy.sparse.csr_array) -> Packed:
+    """Packs a CSR matrix on the host; its entries must be finite and given once."""
+    counts = np.diff(matrix.indptr).astype(np.int64)
+    widths = _joined(_group_width(counts))
+    order = np.argsort(widths, kind="stable")
+    places = np.empty(len(order), np.int32)
+    places[order] = np.arange(len(order), dtype=np.int32)
+    most = int(counts.max())
+    columns = np.concatenate([matrix.indices.astype(np.int32), np.zeros(most, np.int32)])
+    values = np.concatenate([matrix.data, np.zeros(most, matrix.dtype)])
+    groups = []
+    for width in np.unique(widths):
+        rows = np.flatnonzero(widths == width)
+        lines = np.arange(width)[:, None]
+        there = lines < counts[rows]
+        at = np.where(there, matrix.indptr[rows] + lines, 0)
+        groups.append(
+            (
+                jnp.asarray(np.where(there, columns[at], 0)),
+                jnp.asarray(np.where(there, values[at], 0).astype(matrix.dtype)),
+            )
+        )
+    index = np.int32 if len(values) < 2**31 else np.int64
+    return Packed(
+        jnp.asarray(columns),
+        jnp.asarray(values),
+        jnp.asarray(matrix.indptr[:-1].astype(index)),
+        jnp.asarray(counts.astype(np.int32)),
+        jnp.asarray(places),
+        tuple(groups),
+        most,
+    )
+
+
+def _group_product(columns: jax.Array, values: jax.Array, w: jax.Array) -> jax.Array:
+    width, rows = values.shape
+    if w.ndim == 2:
+        values = values[..., None]
+    total = jnp.zeros((rows, *w.shape[1:]), jnp.result_type(values, w))
+    if width <= LINES:
+        return _add_lines(total, columns, values, w)
+    if rows < FEW_ROWS:
+        return total + jnp.sum(gather(w, columns) * values, axis=0)
+
+    def some(i: jax.Array, total: jax.Array) -> jax.Array:
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * LINES)
+        return _add_lines(total, take(columns, slice_size=LINES), take(values, slice_size=LINES), w)
+
+    return jax.lax.fori_loop(0, width // LINES, some, total)
+
+
+def _add_lines(total: jax.Array, columns: jax.Array, values: jax.Array, w: jax.Array) -> jax.Array:
+    for line in range(len(columns)):
+        total = total + gather(w, columns[line]) * values[line]
+    return total
+
+
+def _group_width(counts: np.ndarray) -> np.ndarray:
+    """The least of 0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, … that is not below."""
+    power = 2 ** np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64)
+    half_way = power * 3 // 4
+    powers = np.where((power >= 32) & (power <= 128) & (counts <= half_way), half_way, power)
+    return np.where(counts == 0, 0, powers)
+
+
+def _joined(widths: np.ndarray) -> np.ndarray:
+    """Groups of few rows put to the next wider one, if that stores at most a fiftieth more."""
+    widths, stored = widths.copy(), widths.sum()
+    found = np.unique(widths)
+    for width, wider in itertools.pairwise(found):
+        rows = np.flatnonzero(widths == width)
+        if len(rows) < FEW_ROWS and len(rows) * (wider - width) <= stored / 50:
+            widths[rows] = wider
+    return widths
