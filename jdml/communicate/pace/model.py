@@ -11,7 +11,7 @@ import jax
 
 from jdml.communicate.pace.members import Members
 from jdml.communicate.pace.messages import Applied, Arrival, Snapshot
-from jdml.communicate.pace.payload import Format, Leaves, frozen
+from jdml.communicate.pace.payload import Format, Leaves, empty_like, frozen
 from jdml.communicate.pace.rules.base import Book, Rule
 
 
@@ -34,11 +34,12 @@ class Model:
         pull_format: Format,
         seed: int,
         on_applied: Callable[[Applied], None] | None,
+        room: Callable[[Leaves], Leaves] = empty_like,
     ) -> None:
         self.rule, self.push_format, self.pull_format = rule, push_format, pull_format
         self._seed, self._on_applied = seed, on_applied
         self.leaves: Leaves = tuple(frozen(x) for x in jax.tree.leaves(params))
-        self.book = Book(num_workers, push_format, Members())
+        self.book = Book(num_workers, push_format, Members(), room=room)
         self.apply_state = rule.apply.init(self.leaves, self.book)
         self.staleness: Counter[int] = Counter()
         self._published: Snapshot | None = None
@@ -111,6 +112,7 @@ class Model:
             state["version"],
             {slot: [Arrival(*a) for a in held] for slot, held in state["held"].items()},
             dict(state["counted"]),
+            self.book.room,
         )
         self.staleness = Counter(state["staleness"])
         self._published = None

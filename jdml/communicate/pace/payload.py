@@ -188,6 +188,11 @@ def split_content(content: Any, where: str) -> tuple[Codec | None, bool]:
     return codec, feedback
 
 
+def empty_like(leaves: Leaves) -> Leaves:
+    """Arrays of the same shapes and dtypes, of any content."""
+    return tuple(np.empty_like(x) for x in leaves)
+
+
 def frozen(x: Any) -> np.ndarray:
     """A read-only copy."""
     out = np.array(x)

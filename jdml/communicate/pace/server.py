@@ -16,7 +16,7 @@ from jdml.communicate.pace.errors import StaleTimeout
 from jdml.communicate.pace.members import Pulled
 from jdml.communicate.pace.messages import Ack, Applied, Arrival, Snapshot, Traffic
 from jdml.communicate.pace.model import Model
-from jdml.communicate.pace.payload import Format, Parcel, Sender, split_content
+from jdml.communicate.pace.payload import Format, Leaves, Parcel, Sender, empty_like, split_content
 from jdml.communicate.pace.rules.base import Rule
 from jdml.communicate.pace.waiting import who_is_awaited
 
@@ -41,6 +41,7 @@ class Server(Attendance):
       seed: Of the codecs that draw random numbers.
       on_applied: Called with an :class:`Applied` for every update that enters the parameters, in
         order, while the server is locked.
+      room: Gives the arrays that new versions of large parameters are written to.
 
     Raises:
       ValueError: the rule cannot serve so many workers, a codec needs state that the server does
@@ -59,6 +60,7 @@ class Server(Attendance):
         now: Callable[[], float] = time.monotonic,
         seed: int = 0,
         on_applied: Callable[[Applied], None] | None = None,
+        room: Callable[[Leaves], Leaves] = empty_like,
     ) -> None:
         if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
             raise ValueError(f"Server(num_workers={num_workers!r}): expected an int >= 1.")
@@ -81,6 +83,7 @@ class Server(Attendance):
             Format(params, pull_codec),
             seed,
             on_applied,
+            room,
         )
         super().__init__(model, num_workers, lease, now)
         self._pushes = self._pushed_bytes = self._pulls = self._pulled_bytes = 0

@@ -9,7 +9,8 @@ after all of them. Ray is imported when it is needed: ``pip install 'jdml[ray]'`
         run = run_ray(server, lambda k: SgdWorker(k, make_task()), seconds=60)
 
 - ``shard.py`` is a server's process, ``hand.py`` a worker's;
-- ``server.py`` is what speaks to the server, from any process;
+- ``server.py`` is what speaks to the server, from any process; ``shelf.py`` the shared memory
+  through which parameters and updates pass on one machine;
 - ``run.py`` is the supervisor, with ``keeper.py`` (snapshots, restored servers) and ``crew.py``
   (workers that fail and are started anew).
 """

@@ -1,5 +1,6 @@
 """A server that is another process, with the methods of one that is here."""
 
+import contextlib
 import math
 import re
 import time
@@ -18,6 +19,14 @@ from jdml.communicate.pace.payload import Format, Parcel, Sender, frozen, split_
 from jdml.communicate.pace.ray_backend.errors import NotRestored, Unreachable
 from jdml.communicate.pace.ray_backend.session import import_ray, ray_in_session
 from jdml.communicate.pace.ray_backend.shard import SHARED_FROM, Shard
+from jdml.communicate.pace.ray_backend.shelf import (
+    Elsewhere,
+    Reader,
+    Shelf,
+    Stale,
+    Ticket,
+    machine,
+)
 from jdml.communicate.pace.rules.base import Rule
 from jdml.communicate.pace.server import Server
 from jdml.communicate.pace.sharded import ShardedServer
@@ -30,6 +39,8 @@ LOOK_EVERY = 1.0
 """Wall seconds that a call may wait at the server, at most, before it is asked again."""
 START_SECONDS = 120.0
 """Wall seconds that a process may take to start."""
+TIDY_SECONDS = 2.0
+"""Wall seconds for which a process that is about to end may tidy up."""
 CALL_SECONDS = 30.0
 """Wall seconds after which an answer that need not wait counts as lost."""
 
@@ -42,9 +53,9 @@ class RayServer:
     carries its number and a registration a token.
 
     On the wire: a pull brings the parameters as encoded, a push takes the update as encoded, each
-    through Ray's shared memory, which the sender writes once and the receiver reads in place; on
-    another node, one transfer for all who read that version there. Everything else is a message of
-    less than a kilobyte.
+    through shared memory, which the sender writes once and the receiver reads in place; to another
+    machine through Ray's, one transfer for all who read that version there. Everything else is a
+    message of less than a kilobyte.
 
     Use :func:`ray_server` to make one.
 
@@ -52,6 +63,8 @@ class RayServer:
       name: Which server, for messages.
       actor: Ray's handle.
     """
+
+    _near: bool
 
     def __init__(
         self,
@@ -82,6 +95,7 @@ class RayServer:
         pull_codec, _ = split_content(pull, "pull")
         self.push_format, self._pull_format = Format(params, push_codec), Format(params, pull_codec)
         self._seed = seed
+        self._begin_here()
         ray = ray_in_session()
         chosen = {
             "num_cpus": 0,
@@ -121,6 +135,8 @@ class RayServer:
                 why = f"no answer within {seconds + self.call_seconds:g} s."
             except (errors.RayActorError, errors.ObjectLostError) as error:
                 why = _first_line(error)
+            except Stale:
+                why = "what it laid out is gone."
             if time.monotonic() >= end or not again:
                 raise Unreachable(f"{self.name} did not answer {method!r}: {why}")
             time.sleep(pause)
@@ -244,11 +260,22 @@ class RayServer:
                     "server.sender(worker)(update, seq) returns."
                 )
             update = self.push_format.encode(self.push_format.leaves(update, "push"))
-        content = update.content
-        if update.nbytes >= SHARED_FROM:
+        content, nbytes = update.content, update.nbytes
+        if nbytes >= SHARED_FROM:
+            if self._near and (laid := self._shelf.lay(content)):
+                ticket, hold = laid  # held until the answer is there
+                try:
+                    return self._pushed(worker, incarnation, seq, ticket, nbytes, base_version)
+                except Elsewhere:
+                    self._near = False
+                finally:
+                    del hold
             # In a list, Ray leaves it to the server to look for it, which is sooner.
             content = [import_ray().put(content)]
-        return self._call("push", worker, incarnation, seq, content, update.nbytes, base_version)
+        return self._pushed(worker, incarnation, seq, content, nbytes, base_version)
+
+    def _pushed(self, *args: Any) -> Ack:
+        return self._call("push", *args)
 
     def snapshot(self) -> dict[str, Any]:
         return self._call("snapshot")
@@ -263,7 +290,24 @@ class RayServer:
 
     def stop(self) -> None:
         """Ends its process."""
-        import_ray().kill(self.actor)
+        ray = import_ray()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.actor.tidy.remote(), timeout=TIDY_SECONDS)
+        ray.kill(self.actor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What it lays out and has read is each process's own.
+        own = {"_shelf", "_reader", "_here", "_near"}
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_here()
+
+    def _begin_here(self) -> None:
+        self._here = machine(import_ray().get_runtime_context().get_node_id())
+        self._shelf, self._reader = Shelf(self._here), Reader(self._here)
+        self._near = True  # until the server says that it cannot read what is laid out here
 
     def _slice(self, left: float) -> float:
         return min(left, LOOK_EVERY, self.lease / 8)
@@ -276,14 +320,16 @@ class RayServer:
         incarnation: int | None,
         clock: int | None,
     ) -> Snapshot | str:
-        asked = (worker, max_staleness, seconds, incarnation, clock)
+        asked = (worker, max_staleness, seconds, incarnation, clock, self._here)
         return self._call("pull", *asked, seconds=seconds, read=self._read)
 
     def _read(self, answer: Any) -> Snapshot | str:
         if isinstance(answer, str):
             return answer
         version, min_clock, nbytes, content = answer
-        if isinstance(content, list):
+        if isinstance(content, Ticket):
+            content = self._reader.take(content)
+        elif isinstance(content, list):
             content = import_ray().get(content[0], timeout=self.call_seconds)
         return Snapshot(version, min_clock, Parcel(content, nbytes), self._pull_format)
 

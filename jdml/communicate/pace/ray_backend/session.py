@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
+from jdml.communicate.pace.ray_backend.shelf import sweep
+
 LOOPBACK = "127.0.0.1"
 
 ENVIRONMENT = {
@@ -118,6 +120,7 @@ def local_session(
         yield ray
     finally:
         ray.shutdown()
+        sweep()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 

@@ -16,6 +16,7 @@ from jdml.communicate.pace.messages import Ack, Registration
 from jdml.communicate.pace.payload import Format, Leaves, Parcel
 from jdml.communicate.pace.ray_backend.errors import NotRestored
 from jdml.communicate.pace.ray_backend.session import import_ray
+from jdml.communicate.pace.ray_backend.shelf import Reader, Shelf, Ticket, machine
 from jdml.communicate.pace.rules.base import Rule
 from jdml.communicate.pace.server import Server
 
@@ -49,7 +50,10 @@ class Shard:
         self._registered: dict[tuple[int, int], str] = {}
         self._fenced: dict[int, int] = {}
         self._publishing = threading.Lock()
-        self._published: tuple[Parcel | None, Any] = (None, None)
+        here = machine(self.place()[0])
+        self._shelf, self._reader, self._here = Shelf(here), Reader(here), here
+        # Of the version that was asked for last: where it is, for readers on this machine or not.
+        self._published: tuple[Parcel | None, dict[bool, Any]] = (None, {})
         self._last_read = -1
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="publishing")
 
@@ -83,11 +87,12 @@ class Shard:
         seconds: float,
         incarnation: int | None,
         clock: int | None,
+        reader: str,
     ) -> tuple[int, int, int, Any] | str:
         """``(version, min_clock, nbytes, content)``, or why it cannot be answered yet.
 
-        Content of 1 MiB and more is one reference to shared memory, in a list; every reader of that
-        version on this node reads the same bytes.
+        Content of 1 MiB and more is a ticket, for a ``reader`` on this machine, or else a reference
+        to Ray's shared memory, in a list; every reader of that version reads the same bytes.
         """
         server = self._open(worker, incarnation)
         try:
@@ -97,7 +102,12 @@ class Shard:
         except StaleTimeout as error:
             return str(error)
         parcel, self._last_read = snapshot.parcel, snapshot.version
-        return snapshot.version, snapshot.min_clock, parcel.nbytes, self._shared(parcel)
+        return (
+            snapshot.version,
+            snapshot.min_clock,
+            parcel.nbytes,
+            self._shared(parcel, reader == self._here),
+        )
 
     def push(
         self,
@@ -108,13 +118,18 @@ class Shard:
         nbytes: int,
         base_version: int,
     ) -> Ack:
-        """As ``Server.push``; large content, a reference in a list, is read without a copy.
+        """As ``Server.push``; large content, a ticket or a reference in a list, is not copied.
 
         Where the version before was read, this one is put into shared memory before it is asked
         for.
+
+        Raises:
+          Elsewhere: the ticket is of another machine.
         """
         server = self._open(worker, incarnation)
-        if isinstance(content, list):
+        if isinstance(content, Ticket):
+            content = self._reader.take(content)
+        elif isinstance(content, list):
             content = self._ray.get(content[0], timeout=GET_SECONDS)
         was_read = self._last_read == server.version
         ack = server.push(worker, incarnation, seq, Parcel(content, nbytes), base_version)
@@ -123,7 +138,9 @@ class Shard:
         return ack
 
     def _publish(self, server: Server) -> None:
-        self._shared(server.published().parcel)
+        parcel = server.published().parcel
+        for near in tuple(self._published[1]):
+            self._shared(parcel, near)
 
     def snapshot(self) -> dict[str, Any]:
         """As ``Server.snapshot``, in NumPy."""
@@ -149,6 +166,10 @@ class Shard:
             self._fenced = {w: m.incarnation for w, m in server.members().items()}
         self._server = server
 
+    def tidy(self) -> None:
+        """Removes what it laid out: it is about to end."""
+        self._shelf.close()
+
     def place(self) -> tuple[str, int]:
         """Ray's name of the node, and the number of this process."""
         return self._ray.get_runtime_context().get_node_id(), os.getpid()
@@ -165,16 +186,22 @@ class Shard:
                 )
         return self._server
 
-    def _shared(self, parcel: Parcel) -> Any:
+    def _shared(self, parcel: Parcel, near: bool) -> Any:
         if parcel.nbytes < SHARED_FROM:
             return parcel.content
         with self._publishing:
             if self._published[0] is not parcel:
-                self._published = (parcel, self._ray.put(parcel.content))
-            return [self._published[1]]
+                self._published = (parcel, {})
+            places = self._published[1]
+            if near not in places:
+                laid = self._shelf.lay(parcel.content) if near else None
+                places[near] = laid or ([self._ray.put(parcel.content)], None)
+            return places[near][0]
 
     def _made(self, leaves: Leaves) -> Server:
         rule, num_workers, options = self._made_with
+        # New versions are written where they will be read.
+        options = {"room": self._shelf.room} | options
         server = Server(self._format.tree(leaves), rule, num_workers, **options)
         if server.lease < math.inf:
             threading.Thread(target=_look_after_leases, args=(server,), daemon=True).start()

@@ -22,7 +22,7 @@ class Add(Apply):
         self, leaves: Leaves, state: Any, batch: Sequence[Arrival], book: Book
     ) -> tuple[Leaves, Any]:
         scale = self.scale / len(batch) if self.mean else self.scale
-        return all_moved(leaves, total(updates(batch)), scale), state
+        return all_moved(leaves, total(updates(batch)), scale, book.room), state
 
 
 def add(scale: float = 1.0) -> Add:

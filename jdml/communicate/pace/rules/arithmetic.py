@@ -8,14 +8,14 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from jdml.communicate.pace.messages import Arrival
-from jdml.communicate.pace.payload import Leaves
+from jdml.communicate.pace.payload import Leaves, empty_like
 
 _LARGE = 1 << 20
 """Bytes of a leaf from which it is worth waking a thread."""
@@ -29,11 +29,16 @@ def moved(leaf: np.ndarray, step: np.ndarray, scale: float = 1.0) -> np.ndarray:
     return out
 
 
-def all_moved(leaves: Leaves, steps: Sequence[np.ndarray], scale: float = 1.0) -> Leaves:
-    """:func:`moved`, leaf by leaf."""
+def all_moved(
+    leaves: Leaves,
+    steps: Sequence[np.ndarray],
+    scale: float = 1.0,
+    room: Callable[[Leaves], Leaves] = empty_like,
+) -> Leaves:
+    """:func:`moved`, leaf by leaf; large ones into arrays that ``room`` gives."""
     if all(x.nbytes < _LARGE for x in leaves):
         return tuple(moved(x, u, scale) for x, u in zip(leaves, steps, strict=True))
-    outs = tuple(np.empty_like(x) for x in leaves)
+    outs = room(leaves)
     parts = [
         (x[i:j], u[i:j], scale, out[i:j])
         for x, u, out in zip(
@@ -45,6 +50,16 @@ def all_moved(leaves: Leaves, steps: Sequence[np.ndarray], scale: float = 1.0) -
     for out in outs:
         out.flags.writeable = False
     return outs
+
+
+def copy_all(leaves: Sequence[np.ndarray], outs: Sequence[np.ndarray]) -> None:
+    """Copies arrays into others of their shapes."""
+    parts = [
+        (x[i:j], out[i:j])
+        for x, out in zip(map(_with_dim, leaves), map(_with_dim, outs), strict=True)
+        for i, j in _cuts(x)
+    ]
+    list(_threads().map(lambda part: np.copyto(part[1], part[0]), parts))
 
 
 def _move(leaf: np.ndarray, step: np.ndarray, scale: float, out: np.ndarray) -> None:

@@ -7,12 +7,12 @@ back. So any pace goes with any apply, and a server is saved by saving its book.
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from jdml.communicate.pace.members import Members
 from jdml.communicate.pace.messages import Arrival
-from jdml.communicate.pace.payload import Format, Leaves
+from jdml.communicate.pace.payload import Format, Leaves, empty_like
 
 
 @dataclasses.dataclass
@@ -26,6 +26,8 @@ class Book:
       version: How many times the parameters have been changed.
       held: Updates that are in but whose turn has not come, by a slot that the pace chooses.
       counted: By worker, the version that its last update helped to make.
+      room: Gives arrays like those it is shown, of any content: where the next version may be
+        written. In a process that others read from, they lie in shared memory.
     """
 
     num_workers: int
@@ -34,6 +36,7 @@ class Book:
     version: int = 0
     held: dict[int, list[Arrival]] = dataclasses.field(default_factory=dict)
     counted: dict[int, int] = dataclasses.field(default_factory=dict)
+    room: Callable[[Leaves], Leaves] = empty_like
 
 
 class Pace(abc.ABC):

@@ -26,6 +26,7 @@ from jdml.communicate.pace import (
     stale_synchronous,
 )
 from jdml.communicate.pace.ray_backend import Unreachable, local_session, ray_server, run_ray
+from jdml.communicate.pace.ray_backend.shelf import ROOT, Shelf
 from tests.communicate.pace.ray_backend.listeners import listeners
 
 K = 3
@@ -96,6 +97,41 @@ def test_answers_as_a_server_that_is_here(server):
     assert server.members().keys() == here.members().keys()
     assert [server.clock(k) for k in range(K)] == [2, 2, 2]
     assert not server.pull(0).params["a"].flags.writeable
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_large_parameters_on_this_machine_and_from_another(session, near):
+    """Through a shelf, or where the two do not share one, through Ray."""
+    params = {"a": np.linspace(-1, 1, 300_000), "b": np.zeros((3, 100_001), np.float32)}
+    rule, before = Rule(asynchronous(), add(0.5)), shelves()
+    server, here = ray_server(params, rule, 1), Server(params, rule, 1)
+    if not near:
+        server._here, server._shelf = "another machine", Shelf("another machine")
+    mine, theirs = Connection(server, 0), Connection(here, 0)
+    kept = []
+    for seq in range(4):
+        draws = np.random.default_rng(seq)
+        step = {name: draws.standard_normal(x.shape).astype(x.dtype) for name, x in params.items()}
+        for line in (mine, theirs):
+            base = line.pull()
+            kept.append(base.params)
+            assert not base.params["a"].flags.writeable
+            assert line.push(*line.encode(step), base.version).accepted
+    # What was read stays as it was, also where the server has gone on.
+    for x, y in zip(kept[::2], kept[1::2], strict=True):
+        same(x, y)
+    same(server.params, here.params)
+    assert server.traffic == here.traffic
+    assert server._near is near
+    assert bool(server._reader._mapped) is near
+    assert shelves() > before
+    server.stop()
+    server._shelf.close()
+    assert shelves() == before
+
+
+def shelves():
+    return {folder.name for folder in ROOT.glob("jdml-shelf-*")}
 
 
 def test_a_push_that_comes_twice_or_too_early_counts_once(server):
