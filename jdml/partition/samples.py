@@ -28,6 +28,16 @@ def permutation(num_samples: int, seed: int, epoch: int) -> Indices:
     return np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)
 
 
+def generator(seed: int, epoch: int, worker: int) -> np.random.Generator:
+    """Draws of one worker in one epoch: Philox keyed by (seed, epoch), on a counter of its own.
+
+    No two workers' counters meet, nor any of them that of :func:`permutation`.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, 0, worker + 1], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
 def process_rows(batch: int, index: int, count: int) -> slice:
     """The rows of a global batch that process ``index`` of ``count`` supplies: block ``index``.
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jdml.partition.sources import tokens as tokens_module
 from jdml.sharding import make_mesh
 from jdml.train.data import Batches, Corpus, read_corpus, read_text, read_tokens, standard_library
-from jdml.train.data import tokens as tokens_module
 
 
 def corpus_of(num_tokens: int, vocab_size: int = 1000) -> Corpus:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jdml.partition.samples import Sampler, check_state
+from jdml.partition.sources.tokens import check_ids
 from jdml.train.data.corpus import Corpus
-from jdml.train.data.tokens import check_ids
 
 Batch = dict[str, Any]
 

@@ -8,8 +8,14 @@ from pathlib import Path
 
 import numpy.typing as npt
 
+from jdml.partition.sources.tokens import (
+    TOKEN_SUFFIXES,
+    Tokens,
+    check_ids,
+    read_tokens,
+    sampled_blocks,
+)
 from jdml.train.data.text import SUFFIXES, read_text, standard_library
-from jdml.train.data.tokens import TOKEN_SUFFIXES, Tokens, check_ids, read_tokens, sampled_blocks
 
 NUM_BYTE_IDS = 256
 
