@@ -50,8 +50,15 @@ def ends(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def total(blocks: jax.Array) -> jax.Array:
-    """Sum over the last dim."""
-    return _reduce(jnp.add, jnp.sum, blocks)
+    """Sum over the last dim: of halves down to 128, which are stored, and of halves of those."""
+    length = blocks.shape[-1]
+    if traced_for_tpu() or length % 128:
+        return _reduce(jnp.add, jnp.sum, blocks)
+    if length > 1024 and length % 1024 == 0:
+        return total(total(blocks.reshape(*blocks.shape[:-1], length // 1024, 1024)))
+    # Three quarters of the time that one loop down to 32 takes, for XLA adds the last one by one.
+    stored = jax.lax.optimization_barrier(_halved(jnp.add, blocks, 128))
+    return _halved(jnp.add, stored, 1)[..., 0]
 
 
 def _ordered(bits: jax.Array) -> jax.Array:
@@ -71,7 +78,11 @@ def _reduce(
         # Four halvings are one too many for one loop: XLA stores what it has so far.
         x = x.reshape(*x.shape[:-1], length // 256, 256)
         return reduce(_reduce(join, reduce, x), axis=-1)
-    while x.shape[-1] > 32 and x.shape[-1] % 2 == 0:
+    return reduce(_halved(join, x, 32), axis=-1)
+
+
+def _halved(join: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, to: int) -> jax.Array:
+    while x.shape[-1] > to and x.shape[-1] % 2 == 0:
         half = x.shape[-1] // 2
         x = join(x[..., :half], x[..., half:])
-    return reduce(x, axis=-1)
+    return x
