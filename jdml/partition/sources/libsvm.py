@@ -36,7 +36,7 @@ class Examples(NamedTuple):
     labels: npt.NDArray[Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LibsvmSummary:
     """What one pass over a file finds out.
 
@@ -48,6 +48,8 @@ class LibsvmSummary:
       offsets: Byte offset of each piece of about ``PARSED_AT_ONCE`` bytes, and of the file's end.
       lines: Number of each piece's first line, from 0.
       row_offsets: Number of each piece's first row, and of the rows.
+      nonzeros: Entries of each piece.
+      labels: f64 ``[num_rows]``; all that is kept of the rows.
     """
 
     num_rows: int
@@ -58,6 +60,8 @@ class LibsvmSummary:
     offsets: tuple[int, ...]
     lines: tuple[int, ...]
     row_offsets: tuple[int, ...]
+    nonzeros: tuple[int, ...]
+    labels: npt.NDArray[np.float64]
 
     def based(self, path: str | os.PathLike[str], zero_based: ZeroBased) -> bool:
         """Whether indices start at 0; ``"auto"``: whether a 0 occurs.
@@ -65,14 +69,7 @@ class LibsvmSummary:
         Raises:
           ValueError: a 0 occurs in what is said to be one-based.
         """
-        if zero_based == "auto":
-            return self.min_index == 0 and self.max_index >= 0
-        if not zero_based and self.min_index == 0 and self.max_index >= 0:
-            raise ValueError(
-                f"{path}: the index 0 occurs, and zero_based=False says that indices start at 1; "
-                'pass zero_based=True, or "auto".'
-            )
-        return zero_based
+        return _based(path, zero_based, self.min_index, self.max_index)
 
     def num_features(self, path: str | os.PathLike[str], zero_based: ZeroBased) -> int:
         """Of the largest index."""
@@ -104,7 +101,7 @@ def read_libsvm(
       ValueError: a malformed line, with file and line number (from 1); an index beyond
         ``num_features``; no rows.
     """
-    dtype = _floating(dtype)
+    dtype = floating(dtype)
     labels, indices, values, sizes = [], [], [], []
     for piece in _pieces(path):
         labels.append(piece.parsed.labels.astype(dtype))
@@ -117,10 +114,9 @@ def read_libsvm(
         raise ValueError(f"{path} holds no rows; give a file that does.")
     columns = np.concatenate(indices)
     smallest, largest = (int(columns.min()), int(columns.max())) if columns.size else (0, -1)
-    summary = LibsvmSummary(0, 0, 0, smallest, largest, (), (), ())
-    starts_at_0 = summary.based(path, zero_based)
+    starts_at_0 = _based(path, zero_based, smallest, largest)
     needed = largest + (1 if starts_at_0 else 0)
-    num_features = _checked_features(path, num_features, needed)
+    num_features = checked_features(path, num_features, needed)
     if not starts_at_0:
         columns -= columns.dtype.type(1)
     rows = _csr(np.concatenate(values), columns, np.concatenate(sizes), num_features)
@@ -128,7 +124,7 @@ def read_libsvm(
 
 
 def scan_libsvm(path: str | os.PathLike[str]) -> LibsvmSummary:
-    """One pass with bounded memory: sizes, and where the rows stand.
+    """One pass with bounded memory: sizes, labels, and where the rows stand.
 
     Raises:
       OSError: nothing is there, or it cannot be read; carries the path.
@@ -136,13 +132,15 @@ def scan_libsvm(path: str | os.PathLike[str]) -> LibsvmSummary:
     """
     rows = nonzeros = fullest = 0
     smallest, largest = 2**62, -1
-    offsets, lines, row_offsets = [], [], []
+    offsets, lines, row_offsets, in_pieces, labels = [], [], [], [], []
     end = 0
     for piece in _pieces(path):
         parsed, end = piece.parsed, piece.end
         offsets.append(piece.offset)
         lines.append(piece.line)
         row_offsets.append(rows)
+        in_pieces.append(len(parsed.indices))
+        labels.append(parsed.labels)
         rows += len(parsed.labels)
         nonzeros += len(parsed.indices)
         fullest = max(fullest, int(parsed.row_sizes.max(initial=0)))
@@ -159,6 +157,8 @@ def scan_libsvm(path: str | os.PathLike[str]) -> LibsvmSummary:
         offsets=(*offsets, end),
         lines=tuple(lines),
         row_offsets=(*row_offsets, rows),
+        nonzeros=tuple(in_pieces),
+        labels=np.concatenate(labels),
     )
 
 
@@ -187,8 +187,8 @@ def read_piece(
     if columns.size:
         if columns.min() < 0:
             raise ValueError(f"{path}: the index 0 occurs, and zero_based is False.")
-        _checked_features(path, num_features, int(columns.max()) + 1)
-    dtype = _floating(dtype)
+        checked_features(path, num_features, int(columns.max()) + 1)
+    dtype = floating(dtype)
     columns = columns.astype(np.int32 if num_features < 2**31 else np.int64)
     rows = _csr(parsed.values.astype(dtype), columns, parsed.row_sizes, num_features)
     return Examples(rows, parsed.labels.astype(dtype))
@@ -247,7 +247,7 @@ def _csr(
     return scipy.sparse.csr_array((values, columns, pointers), shape=(len(sizes), num_features))
 
 
-def _checked_features(path: str | os.PathLike[str], given: int | None, needed: int) -> int:
+def checked_features(path: str | os.PathLike[str], given: int | None, needed: int) -> int:
     if given is None:
         return needed
     if needed > given:
@@ -258,7 +258,20 @@ def _checked_features(path: str | os.PathLike[str], given: int | None, needed: i
     return given
 
 
-def _floating(dtype: npt.DTypeLike) -> np.dtype[Any]:
+def _based(
+    path: str | os.PathLike[str], zero_based: ZeroBased, smallest: int, largest: int
+) -> bool:
+    if zero_based == "auto":
+        return smallest == 0 and largest >= 0
+    if not zero_based and smallest == 0 and largest >= 0:
+        raise ValueError(
+            f"{path}: the index 0 occurs, and zero_based=False says that indices start at 1; "
+            'pass zero_based=True, or "auto".'
+        )
+    return zero_based
+
+
+def floating(dtype: npt.DTypeLike) -> np.dtype[Any]:
     found = np.dtype(dtype)
     if found not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise ValueError(f"LIBSVM values are read as float32 or float64, got dtype {found}.")

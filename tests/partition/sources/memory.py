@@ -1,4 +1,4 @@
-"""Resident memory of a process in MB, as Linux counts it, and programs that are asked for theirs."""
+"""Resident memory in MB, as Linux counts it, and Python processes that are asked for theirs."""
 
 import os
 import subprocess

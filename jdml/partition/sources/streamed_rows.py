@@ -1,0 +1,188 @@
+"""A stream as the rows of a linear model: what a compiled solver multiplies by is read as it runs.
+
+``LinearProblem(StreamedRows(stream), stream.labels, loss, penalty)`` is a problem like any other:
+``jdml.optimize`` solves it by every method that wants no single rows. Chunks come into the program
+by a callback, which reads and computes nothing of JAX, while a thread reads the next one.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+
+from jdml.partition.sources.passes import pass_line
+from jdml.partition.sources.stream import Chunk, Stream
+
+
+@jax.tree_util.register_static
+class StreamedRows:
+    """``X w`` and ``Xᵀ v``, each in one pass over the stream.
+
+    Methods as of ``jdml.models.linear.Dense`` and ``Sparse``, under ``jit`` or without. ``w`` is
+    ``[d]`` or ``[d, outputs]``, ``v`` ``[n]`` or ``[n, outputs]``. In memory are two chunks, one of
+    which is being read, one more on the device, and what is asked for: n or d numbers.
+
+    Args:
+      stream: The rows, in f32, or in f64 where the session has it.
+      progress: Whether each pass shows a bar on standard error.
+
+    Attributes:
+      num_passes: Passes begun; a method's cost.
+
+    Raises:
+      ValueError: f64 in a session without.
+    """
+
+    def __init__(self, stream: Stream, *, progress: bool = False) -> None:
+        if stream.dtype == np.float64 and jnp.zeros(()).dtype != np.float64:
+            raise ValueError(
+                f"{stream.name} is read as float64, and this session of JAX has no float64. Switch "
+                'it on with jax.config.update("jax_enable_x64", True), or read float32.'
+            )
+        self.stream, self.shape, self.dtype = stream, stream.shape, stream.dtype
+        self.num_passes = 0
+        self._progress = progress
+        self._bar = contextlib.ExitStack()
+        self._show: Callable[[Chunk], None] = lambda chunk: None
+        self._lock = threading.Lock()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
+        self._coming: tuple[int, Future[Chunk]] | None = None
+
+    def matvec(self, w: jax.Array) -> jax.Array:
+        """``X w``."""
+        num_rows, most = self.shape[0], self.stream.most_rows
+        starts = self._starts()
+
+        def more(i, out):
+            x, _ = self._read(i)
+            # What a padded chunk writes beyond its rows, the next one overwrites.
+            return jax.lax.dynamic_update_slice_in_dim(out, self._product(x, w), starts[i], 0)
+
+        out = jnp.zeros((num_rows + most, *w.shape[1:]), self.dtype)
+        return jax.lax.fori_loop(0, self.stream.num_chunks, more, out)[:num_rows]
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        """``Xᵀ v``."""
+        most, starts = self.stream.most_rows, self._starts()
+        v = jnp.concatenate((v, jnp.zeros((most, *v.shape[1:]), v.dtype)))
+
+        def more(i, total):
+            x, _ = self._read(i)
+            part = jax.lax.dynamic_slice_in_dim(v, starts[i], most, 0)
+            if not self.stream.sparse:
+                return total + x.T @ part
+            row, column, value = x
+            terms = value.reshape(-1, *(1,) * (v.ndim - 1)) * part[row]
+            return total.at[column].add(terms, mode="promise_in_bounds")
+
+        zero = jnp.zeros((self.shape[1], *v.shape[1:]), self.dtype)
+        return jax.lax.fori_loop(0, self.stream.num_chunks, more, zero)
+
+    def squared_norms(self) -> jax.Array:
+        """``|x_i|²``, ``[n]``."""
+        starts = self._starts()
+
+        def more(i, out):
+            x, _ = self._read(i)
+            if self.stream.sparse:
+                row, _, value = x
+                part = jnp.zeros(self.stream.most_rows, self.dtype).at[row].add(value * value)
+            else:
+                part = jnp.einsum("ij,ij->i", x, x)
+            return jax.lax.dynamic_update_slice_in_dim(out, part, starts[i], 0)
+
+        out = jnp.zeros(self.shape[0] + self.stream.most_rows, self.dtype)
+        return jax.lax.fori_loop(0, self.stream.num_chunks, more, out)[: self.shape[0]]
+
+    def gram(self, weights: jax.Array) -> jax.Array:
+        """``Xᵀ diag(weights) X``, ``[d, d]``, summed on the host."""
+        width = self.shape[1]
+
+        def of_chunk(i: Any, weights: Any) -> np.ndarray:
+            chunk = self._chunk(int(i))
+            scale = np.asarray(weights)[chunk.start : chunk.start + len(chunk.labels), None]
+            if scipy.sparse.issparse(chunk.rows):
+                return (chunk.rows.T @ chunk.rows.multiply(scale)).toarray().astype(self.dtype)
+            return (chunk.rows.T @ (chunk.rows * scale)).astype(self.dtype)
+
+        result = jax.ShapeDtypeStruct((width, width), self.dtype)
+
+        def more(i, total):
+            part = jax.pure_callback(of_chunk, result, i, weights, vmap_method="sequential")
+            return total + part
+
+        zero = jnp.zeros((width, width), self.dtype)
+        return jax.lax.fori_loop(0, self.stream.num_chunks, more, zero)
+
+    def take(self, samples: Any) -> NoReturn:
+        self._no_single_rows()
+
+    def dot(self, sample: Any, w: Any) -> NoReturn:
+        self._no_single_rows()
+
+    def add(self, w: Any, sample: Any, scale: Any) -> NoReturn:
+        self._no_single_rows()
+
+    @property
+    def T(self) -> NoReturn:
+        self._no_single_rows()
+
+    def _no_single_rows(self) -> NoReturn:
+        raise ValueError(
+            f"{self.stream.name} is a stream, of which no single rows or columns can be taken. "
+            "Take a method that uses all samples at every step, or mini-batches (StreamBatches)."
+        )
+
+    def _starts(self) -> jax.Array:
+        index = np.int32 if self.shape[0] + self.stream.most_rows < 2**31 else np.int64
+        return jnp.asarray(self.stream.starts.astype(index))
+
+    def _product(self, x: Any, w: jax.Array) -> jax.Array:
+        if not self.stream.sparse:
+            return x @ w
+        row, column, value = x
+        terms = value.reshape(-1, *(1,) * (w.ndim - 1)) * w[column]
+        zero = jnp.zeros((self.stream.most_rows, *w.shape[1:]), self.dtype)
+        return zero.at[row].add(terms, indices_are_sorted=True, mode="promise_in_bounds")
+
+    def _read(self, number: Any) -> tuple[Any, Any]:
+        """``(x, count)`` of :class:`Padded`, in the program."""
+        most, entries = self.stream.most_rows, self.stream.most_entries
+        of = jax.ShapeDtypeStruct
+        x: Any = of((most, self.shape[1]), self.dtype)
+        if self.stream.sparse:
+            index = of((entries,), np.int32)
+            x = (index, index, of((entries,), self.dtype))
+
+        def read(i: Any) -> tuple[Any, Any]:
+            padded = self.stream.padded(self._chunk(int(i)))
+            return padded.x, padded.count
+
+        return jax.pure_callback(read, (x, of((), np.int32)), number, vmap_method="sequential")
+
+    def _chunk(self, number: int) -> Chunk:
+        """That chunk; a thread begins to read the next one."""
+        with self._lock:
+            coming = self._coming
+            if coming is not None and coming[0] == number:
+                chunk = coming[1].result()
+            else:
+                chunk = self.stream.chunk(number)
+            after = (number + 1) % self.stream.num_chunks
+            self._coming = (after, self._reader.submit(self.stream.chunk, after))
+            if number == 0:
+                self.num_passes += 1
+                self._bar.close()
+                title = f"{self.stream.name}, pass {self.num_passes}"
+                line = pass_line(self.stream, self._progress, title)
+                self._show = self._bar.enter_context(line)
+            self._show(chunk)
+            if after == 0:
+                self._bar.close()
+            return chunk
