@@ -167,14 +167,15 @@ def as_rows(x: Any, name: str = "X") -> Rows:
 
     Args:
       x: ``[n, d]``, f32 or f64 (whole numbers become JAX's default float); what is f64 wants a
-        session with x64. Entries of a sparse matrix given several times are summed.
+        session with x64. Entries of a sparse matrix given several times are summed. What has the
+        methods of rows, such as a stream's ``StreamedRows``, is taken as it is.
       name: What messages call it.
 
     Raises:
       ValueError: wrong shape or dtype, f64 without x64, or rows with NaN or infinity, whose numbers
         are given.
     """
-    if isinstance(x, (Dense, Sparse)):
+    if isinstance(x, (Dense, Sparse)) or hasattr(x, "squared_norms"):
         return x
     if scipy.sparse.issparse(x):
         matrix = scipy.sparse.csr_array(x)
