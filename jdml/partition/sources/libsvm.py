@@ -18,7 +18,7 @@ from jdml.partition.sources.libsvm_text import MalformedLine, Parsed, parse
 
 ZeroBased = bool | Literal["auto"]
 
-PARSED_AT_ONCE = 1 << 20
+PARSED_AT_ONCE = 1 << 19
 """Bytes of text. Parsing them takes about 15 times as much memory; more at once is no faster."""
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

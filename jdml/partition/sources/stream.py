@@ -199,7 +199,7 @@ class LibsvmStream(Stream):
     """Of a LIBSVM file, parsed anew at every pass.
 
     Opening it reads the file once, checks every line, and keeps the labels and where chunks begin.
-    Resident in a pass: about ``15 * PARSED_AT_ONCE`` (15 MB) of parsing, the chunks that the reader
+    Resident in a pass: about ``15 * PARSED_AT_ONCE`` (8 MB) of parsing, the chunks that the reader
     keeps, and the labels.
 
     Args:
