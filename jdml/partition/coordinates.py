@@ -90,7 +90,7 @@ def separability(rows: Any, blocks: list[Indices]) -> int:
     row = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
     full = csr.data != 0
     touched = np.unique(row[full] * len(blocks) + owner[csr.indices[full]]) // len(blocks)
-    return int(np.bincount(touched, minlength=1).max())
+    return int(np.max(np.bincount(touched, minlength=1)))
 
 
 def safe_damping(omega: int, num_blocks: int, num_parallel: int | None = None) -> float:

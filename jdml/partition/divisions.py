@@ -186,7 +186,7 @@ def checked_weights(
     found = np.asarray(weights, np.float64)
     if found.shape != (num,):
         raise ValueError(f"{caller}: weights of shape {found.shape}; expected [{num}], of {what}.")
-    if not np.all(np.isfinite(found)) or found.min(initial=0) < 0:
+    if not np.all(np.isfinite(found)) or np.min(found, initial=0) < 0:
         where = int(np.flatnonzero(~(np.isfinite(found) & (found >= 0)))[0])
         raise ValueError(
             f"{caller}: the weight {found[where]} (position {where}); expected finite and >= 0."

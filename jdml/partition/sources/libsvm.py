@@ -106,14 +106,14 @@ def read_libsvm(
     for piece in _pieces(path):
         labels.append(piece.parsed.labels.astype(dtype))
         # 32 bits serve until it is known that they do not.
-        largest = piece.parsed.indices.max(initial=0)
-        indices.append(piece.parsed.indices.astype(np.int32 if largest < 2**31 else np.int64))
+        narrow = np.max(piece.parsed.indices, initial=0) < 2**31
+        indices.append(piece.parsed.indices.astype(np.int32 if narrow else np.int64))
         values.append(piece.parsed.values.astype(dtype))
         sizes.append(piece.parsed.row_sizes)
     if not labels or not sum(map(len, labels)):
         raise ValueError(f"{path} holds no rows; give a file that does.")
     columns = np.concatenate(indices)
-    smallest, largest = (int(columns.min()), int(columns.max())) if columns.size else (0, -1)
+    smallest, largest = (int(np.min(columns)), int(np.max(columns))) if columns.size else (0, -1)
     starts_at_0 = _based(path, zero_based, smallest, largest)
     needed = largest + (1 if starts_at_0 else 0)
     num_features = checked_features(path, num_features, needed)
@@ -143,9 +143,9 @@ def scan_libsvm(path: str | os.PathLike[str]) -> LibsvmSummary:
         labels.append(parsed.labels)
         rows += len(parsed.labels)
         nonzeros += len(parsed.indices)
-        fullest = max(fullest, int(parsed.row_sizes.max(initial=0)))
-        smallest = min(smallest, int(parsed.indices.min(initial=smallest)))
-        largest = max(largest, int(parsed.indices.max(initial=-1)))
+        fullest = max(fullest, int(np.max(parsed.row_sizes, initial=0)))
+        smallest = min(smallest, int(np.min(parsed.indices, initial=smallest)))
+        largest = max(largest, int(np.max(parsed.indices, initial=-1)))
     if not rows:
         raise ValueError(f"{path} holds no rows; give a file that does.")
     return LibsvmSummary(
@@ -185,9 +185,9 @@ def read_piece(
     parsed = _parsed(path, text, line)
     columns = parsed.indices if zero_based else parsed.indices - 1
     if columns.size:
-        if columns.min() < 0:
+        if np.min(columns) < 0:
             raise ValueError(f"{path}: the index 0 occurs, and zero_based is False.")
-        checked_features(path, num_features, int(columns.max()) + 1)
+        checked_features(path, num_features, int(np.max(columns)) + 1)
     dtype = floating(dtype)
     columns = columns.astype(np.int32 if num_features < 2**31 else np.int64)
     rows = _csr(parsed.values.astype(dtype), columns, parsed.row_sizes, num_features)

@@ -148,7 +148,7 @@ def _regular(text: bytes) -> Parsed | None:
     if not np.all(np.isfinite(numbers)):
         return None
     entries = numbers[rest].reshape(-1, 2)
-    if entries.size and entries[:, 0].max() >= 2**53:
+    if entries.size and np.max(entries[:, 0]) >= 2**53:
         return None
     indices = entries[:, 0].astype(np.int64)
     row_sizes = in_line // 2

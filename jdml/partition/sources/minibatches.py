@@ -133,10 +133,10 @@ def padded_rows(
       ValueError: a row has more entries than ``width``.
     """
     counts = np.diff(rows.indptr)
-    if counts.max(initial=0) > width:
+    if np.max(counts, initial=0) > width:
         raise ValueError(
-            f"padded_rows(width={width}): row {int(np.argmax(counts))} has {counts.max()} entries; "
-            "take the stream's fullest row's."
+            f"padded_rows(width={width}): row {int(np.argmax(counts))} has {np.max(counts)} entries"
+            "; take the stream's fullest row's (most_row_entries)."
         )
     columns, values = np.zeros((len(counts), width), np.int32), np.zeros((len(counts), width))
     values = values.astype(rows.dtype)

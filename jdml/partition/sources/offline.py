@@ -175,10 +175,10 @@ class Offline:
                     f"Offline: part {k} is {part.dtype}{list(part.shape)}; expected sample "
                     "numbers, at least one."
                 )
-            if part.min() < 0 or part.max() >= self.num_samples:
+            if np.min(part) < 0 or np.max(part) >= self.num_samples:
                 raise ValueError(
-                    f"Offline: part {k} has the sample numbers {part.min()} .. {part.max()}; there "
-                    f"are {self.num_samples} samples."
+                    f"Offline: part {k} has the sample numbers {np.min(part)} .. {np.max(part)}; "
+                    f"there are {self.num_samples} samples."
                 )
         return [part.astype(np.int64) for part in found]
 

@@ -23,7 +23,7 @@ def accumulate(
     What a full-batch method needs is such a sum: of losses and gradients,
     ``(Σ_i φ(x_iᵀw, y_i), Σ_i φ'(x_iᵀw, y_i) x_i)``, or of a Hessian times a vector,
     ``Σ_i φ''(x_iᵀw, y_i) (x_iᵀv) x_i``. A compiled contribution takes ``stream.padded(chunk)``,
-    whose shapes are those of every chunk, and leaves out the rows from ``count`` on.
+    whose shapes are those of every chunk, and leaves out the rows from ``num_rows`` on.
 
     Args:
       stream: The rows.

@@ -50,12 +50,12 @@ class Padded(NamedTuple):
     Attributes:
       x: Dense rows, or ``(row, column, value)`` of the entries.
       labels: ``[most rows]``; past the chunk's rows, the chunk's first label again.
-      count: Rows of the chunk.
+      num_rows: Rows of the chunk.
     """
 
     x: Any
     labels: npt.NDArray[Any]
-    count: np.int32
+    num_rows: np.int32
 
 
 class Stream(abc.ABC):

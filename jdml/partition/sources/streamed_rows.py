@@ -152,7 +152,7 @@ class StreamedRows:
         return zero.at[row].add(terms, indices_are_sorted=True, mode="promise_in_bounds")
 
     def _read(self, number: Any) -> tuple[Any, Any]:
-        """``(x, count)`` of :class:`Padded`, in the program."""
+        """``(x, num_rows)`` of :class:`Padded`, in the program."""
         most, entries = self.stream.most_rows, self.stream.most_entries
         of = jax.ShapeDtypeStruct
         x: Any = of((most, self.shape[1]), self.dtype)
@@ -162,7 +162,7 @@ class StreamedRows:
 
         def read(i: Any) -> tuple[Any, Any]:
             padded = self.stream.padded(self._chunk(int(i)))
-            return padded.x, padded.count
+            return padded.x, padded.num_rows
 
         return jax.pure_callback(read, (x, of((), np.int32)), number, vmap_method="sequential")
 

@@ -79,7 +79,7 @@ def test_one_pass_gives_value_gradient_and_hessian_times_vector(streams, name):
     @jax.jit
     def contribution(padded):
         next(traced)
-        valid = jnp.arange(padded.labels.shape[0]) < padded.count
+        valid = jnp.arange(padded.labels.shape[0]) < padded.num_rows
         if stream.sparse:
             row, column, value = padded.x
             x = jnp.zeros((stream.most_rows, D)).at[row, column].add(value)
