@@ -84,6 +84,13 @@ class Method:
         """The state before the first step; traced."""
         raise NotImplementedError
 
+    def seeded(self, state: State) -> State:
+        """The first state with the seed in it; not traced, so that seeds share a program.
+
+        A method that draws keeps its seed in a field that is not compared, its key in the state.
+        """
+        return state
+
     def step(self, problem: Problem, state: State) -> State:
         """One step; traced."""
         raise NotImplementedError

@@ -115,6 +115,7 @@ def solve(
     start = time.perf_counter()
     if state is None:
         state = _init(method, problem, problem.init() if params is None else params)
+        state = method.seeded(state)
     found = _Run(state, *_measure(method, problem, state))
     # No step is taken yet: this compiles.
     _advance(method, problem, found, tol, 0, 0, every)

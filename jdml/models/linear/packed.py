@@ -10,17 +10,25 @@ so that a sample can be taken by itself; with rows packed by columns too, each i
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
+Link = Callable[[jax.Array], jax.Array]
+
 LINES = 8
 """Lines of a group that are added in one loop over its rows; more was slower."""
 
 FEW_ROWS = 64
 """A group of fewer rows joins a wider one if that costs little, and is reduced row by row."""
+
+
+def same(w: jax.Array) -> jax.Array:
+    """``w``."""
+    return w
 
 
 @functools.partial(
@@ -61,6 +69,11 @@ class Packed:
         """``[n]``."""
         return gather(jnp.concatenate([jnp.sum(v**2, axis=0) for _, v in self.groups]), self.places)
 
+    def square(self) -> "Packed":
+        """Every element squared."""
+        groups = tuple((columns, values**2) for columns, values in self.groups)
+        return dataclasses.replace(self, values=self.values**2, groups=groups)
+
     def row(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``(columns, values)`` of one row, both ``[width]``; past its end 0 and 0."""
         start = self.starts[number]
@@ -68,6 +81,61 @@ class Packed:
         columns = jax.lax.dynamic_slice(self.columns, (start,), (self.width,))
         values = jax.lax.dynamic_slice(self.values, (start,), (self.width,))
         return jnp.where(within, columns, 0), jnp.where(within, values, 0)
+
+    def dot(self, number: jax.Array, w: jax.Array, through: Link = same) -> jax.Array:
+        """``x_iᵀ through(w)`` of one row, which is read in fours."""
+
+        def add(columns: jax.Array, values: jax.Array, total: jax.Array) -> jax.Array:
+            terms = [values[e] * through(element(w, columns[e])) for e in range(values.shape[0])]
+            while len(terms) > 1:
+                terms = [sum(terms[e : e + 2]) for e in range(0, len(terms), 2)]
+            return total + terms[0]
+
+        return self._along(number, 4, add, jnp.zeros((), w.dtype))
+
+    def add(self, w: jax.Array, number: jax.Array, scale: jax.Array) -> jax.Array:
+        """``w + scale x_i`` of one row; element by element in place, in a loop that keeps w."""
+
+        def add(columns: jax.Array, values: jax.Array, w: jax.Array) -> jax.Array:
+            for e in range(values.shape[0]):
+                new = element(w, columns[e]) + scale * values[e]
+                w = jax.lax.dynamic_update_slice(w, new[None], (columns[e],))
+            return w
+
+        return self._along(number, 8, add, w)
+
+    def _along(
+        self, number: jax.Array, few: int, add: Callable[..., jax.Array], first: jax.Array
+    ) -> jax.Array:
+        """``add(columns, values, ·)`` for every few elements of a row; those past its end are 0.
+
+        Indices are unsigned: signed ones are compared with 0 at each element.
+        """
+        few = min(few, self.width)
+        if few == 0:
+            return first
+        number = jnp.asarray(number, jnp.uint32)
+        wide = jnp.uint64 if self.starts.dtype == jnp.int64 else jnp.uint32
+        start, count = element(self.starts, number).astype(wide), element(self.counts, number)
+
+        def read(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+            at = (start + (part * few).astype(wide),)
+            columns = jax.lax.dynamic_slice(self.columns, at, (few,)).astype(jnp.uint32)
+            return columns, jax.lax.dynamic_slice(self.values, at, (few,))
+
+        count = count.astype(jnp.uint32)
+        full = count // few
+        result = jax.lax.fori_loop(
+            jnp.uint32(0), full, lambda part, so_far: add(*read(part), so_far), first
+        )
+        columns, values = read(full)
+        within = jnp.arange(few, dtype=jnp.uint32) < count - full * few
+        return add(columns, jnp.where(within, values, 0), result)
+
+
+def element(v: jax.Array, number: jax.Array) -> jax.Array:
+    """``v[number]``, a scalar; ``number`` is unsigned and there."""
+    return jax.lax.dynamic_slice(v, (number,), (1,))[0]
 
 
 def gather(w: jax.Array, places: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jdml.models.linear.hessian import hessian
 from jdml.models.linear.losses import Loss
 from jdml.models.linear.penalties import Penalty
 from jdml.models.linear.rows import Rows, as_rows
@@ -134,6 +135,10 @@ class LinearProblem:
         """The Hessian of the mean loss, at these margins, times ``change``."""
         moved = self.loss.curvature_product(margins, self.y, self.margins(change))
         return self.pull(_times(self.sample_weight / self.num_samples, moved))
+
+    def hessian(self, margins: jax.Array) -> jax.Array:
+        """The Hessian of the mean loss, at these margins, as a matrix; see ``hessian.py``."""
+        return hessian(self, margins)
 
     def prox(self, params: Weights, step: jax.Array | float) -> Weights:
         """R's proximal operator on w; b stays."""

@@ -9,6 +9,7 @@ and sums, and the transpose costs nothing.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from jdml.models.linear.packed import Packed, gather, pack
+from jdml.models.linear.packed import Link, Packed, gather, pack, same
 
 GRAM_ROWS = 1024
 """Rows of which a sparse Gram matrix is summed at a time."""
@@ -62,13 +63,29 @@ class Dense:
         """The rows of these numbers, ``[b]``, as rows."""
         return Dense(self.x[samples])
 
-    def dot(self, sample: jax.Array, w: jax.Array) -> jax.Array:
-        """``x_iᵀ w`` of one sample's number."""
-        return self.x[sample] @ w
+    def products(self) -> jax.Array:
+        """``X Xᵀ``, ``[n, n]``."""
+        return self.x @ self.x.T
+
+    def dot(self, sample: jax.Array, w: jax.Array, through: Link = same) -> jax.Array:
+        """``x_iᵀ through(w)`` of one sample's number; ``through`` works element by element.
+
+        This and ``add`` are for loops over samples: they read one row, and a loop that holds
+        nothing else becomes one kernel on a CPU.
+        """
+        return jnp.sum(_row(self.x, sample) * through(w))
+
+    def dot_of(self, sample: jax.Array, f: Callable[..., jax.Array], *vectors: Any) -> jax.Array:
+        """``x_iᵀ f(*vectors)``, f element by element; computed where x_i may not be 0."""
+        return self.x[sample] @ f(*vectors)
+
+    def square(self) -> "Dense":
+        """Every element squared."""
+        return Dense(self.x * self.x)
 
     def add(self, w: jax.Array, sample: jax.Array, scale: jax.Array) -> jax.Array:
         """``w + scale x_i`` of one sample's number; ``w`` is ``[d]``."""
-        return w + scale * self.x[sample]
+        return w + scale * _row(self.x, sample)
 
 
 @functools.partial(
@@ -118,13 +135,18 @@ class Sparse:
     def take(self, samples: jax.Array) -> "Taken":
         return Taken(*jax.vmap(self.by_row.row)(samples), self.shape[1])
 
-    def dot(self, sample: jax.Array, w: jax.Array) -> jax.Array:
+    def dot(self, sample: jax.Array, w: jax.Array, through: Link = same) -> jax.Array:
+        return self.by_row.dot(sample, w, through)
+
+    def dot_of(self, sample: jax.Array, f: Callable[..., jax.Array], *vectors: Any) -> jax.Array:
         columns, values = self.by_row.row(sample)
-        return values @ gather(w, columns)
+        return values @ f(*(gather(vector, columns) for vector in vectors))
+
+    def square(self) -> "Sparse":
+        return Sparse(self.by_row.square(), self.by_column.square(), self.shape)
 
     def add(self, w: jax.Array, sample: jax.Array, scale: jax.Array) -> jax.Array:
-        columns, values = self.by_row.row(sample)
-        return jnp.asarray(w).at[columns].add(scale * values, mode="promise_in_bounds")
+        return self.by_row.add(w, sample, scale)
 
 
 @functools.partial(
@@ -157,6 +179,16 @@ class Taken:
 
     def squared_norms(self) -> jax.Array:
         return jnp.sum(self.values**2, axis=1)
+
+    def products(self) -> jax.Array:
+        """``X Xᵀ``, ``[b, b]``; one row at a time is spread out to ``[d]``."""
+
+        def one(row):
+            columns, values = row
+            spread = jnp.zeros(self.num_columns, self.dtype)
+            return self.matvec(spread.at[columns].add(values, mode="promise_in_bounds"))
+
+        return jax.lax.map(one, (self.columns, self.values))
 
 
 Rows = Dense | Sparse
@@ -216,6 +248,11 @@ def float_dtype(dtype: Any, name: str) -> Any:
     if dtype not in (np.float32, np.float64):
         raise ValueError(f"{name} has dtype {dtype}; expected float32 or float64.")
     return dtype
+
+
+def _row(x: jax.Array, sample: jax.Array) -> jax.Array:
+    sample = jnp.asarray(sample, jnp.uint32)
+    return jax.lax.dynamic_slice(x, (sample, jnp.uint32(0)), (1, x.shape[1]))[0]
 
 
 def _check_shape(shape: tuple[int, ...], name: str) -> None:

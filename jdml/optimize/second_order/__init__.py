@@ -1,0 +1,1 @@
+"""Deterministic methods of second order: curvature from products, a matrix, or past gradients."""

@@ -1,0 +1,1 @@
+"""Stochastic methods: a few samples, or one coordinate, at every step."""
