@@ -1,11 +1,11 @@
-"""The LIBSVM reader beside scikit-learn's: ``python -m benchmarks.libsvm [rows]``.
+"""The LIBSVM reader beside scikit-learn's: ``python -m benchmarks.libsvm``.
 
 Both read one file into CSR, in turn, from the page cache; its values are written with all digits
 that f64 has, or with four. Times are medians, ratios those of one run.
 """
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +36,9 @@ def in_turn(*readers: Callable[[], Any]) -> list[float]:
 
 
 def main() -> None:
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000, help="of 50 non-zeros each")
+    rows = parser.parse_args().rows
     random = np.random.default_rng(0)
     matrix = scipy.sparse.random_array((rows, 5000), density=0.01, rng=random).tocsr()
     labels = random.choice([-1, 1], rows)

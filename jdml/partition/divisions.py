@@ -1,8 +1,7 @@
-"""Samples divided over workers: index sets of which each sample is in one, and none is larger.
+"""Samples divided over workers: index sets of which each sample is in one.
 
-Sizes differ by at most one (by at most the heaviest sample's weight, where samples have weights),
-and every division is a function of its arguments alone. For experiments with workers that differ,
-``label_skew``; for batches, ``sources``.
+Sizes differ by at most one, or weights are balanced. Every division is a function of its arguments
+alone. For experiments with workers that differ, ``label_skew``; for batches, ``sources``.
 """
 
 import numpy as np
@@ -19,8 +18,8 @@ def contiguous(
     """Blocks of neighbours: worker k has the samples ``ends[k-1] .. ends[k] - 1``.
 
     Without weights, sizes differ by at most one, the first blocks being the larger. With weights,
-    ``ends`` are where the running sum passes ``k/K`` of the whole: every block weighs less than
-    ``W/K + 2 max(w)`` and has at least one sample.
+    ``ends`` are where the running sum is nearest to ``k/K`` of the whole W: every block weighs at
+    most ``W/K + max(w)`` and has at least one sample.
 
     Args:
       num_samples: n.
@@ -34,11 +33,13 @@ def contiguous(
       ValueError: more workers than samples, or weights that are none.
     """
     check_division("contiguous", "samples", num_samples, num_workers)
+    samples = np.arange(num_samples, dtype=np.int64)
     if weights is None:
-        return np.array_split(np.arange(num_samples, dtype=np.int64), num_workers)
+        return np.array_split(samples, num_workers)
     running = np.cumsum(checked_weights("contiguous", "samples", weights, num_samples))
+    if not running[-1]:
+        return np.array_split(samples, num_workers)
     aims = running[-1] * np.arange(1, num_workers) / num_workers
-    # The cut that lies nearer to what is aimed at; where all is zero, blocks as without weights.
     cuts = np.searchsorted(running, aims, side="left")
     before = np.concatenate(([0.0], running))[cuts]
     cuts = cuts + (running[cuts] - aims <= aims - before)
@@ -46,7 +47,7 @@ def contiguous(
     k = np.arange(num_workers - 1)
     cuts = np.maximum.accumulate(np.maximum(cuts - k, 1)) + k
     cuts = np.minimum(cuts, num_samples - num_workers + 1 + k)
-    return np.split(np.arange(num_samples, dtype=np.int64), cuts)
+    return np.split(samples, cuts)
 
 
 def shuffle_split(

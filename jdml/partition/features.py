@@ -23,7 +23,7 @@ def contiguous_features(
       num_features: d.
       num_workers: 1 <= K <= d.
       nonzeros: ``[num_features]`` (:func:`nonzeros_of_columns`); blocks then have about as many
-        each, the fullest less than the mean and two columns'. Without: as many columns each, within
+        each, the fullest at most the mean and one column's. Without: as many columns each, within
         one.
 
     Raises:
@@ -39,8 +39,8 @@ def balanced_features(nonzeros: npt.ArrayLike, num_workers: int) -> list[Indices
     """Columns dealt so that workers have the same number of non-zeros, nearly.
 
     The fullest column that is left goes to who has the fewest non-zeros. The fullest worker then
-    has at most ``4/3 - 1/(3K)`` times what the best division gives it, and at most one column's
-    non-zeros more than any other worker that has two columns. Empty columns even out the counts.
+    has at most ``4/3 - 1/(3K)`` times what the best division gives it, and exceeds nobody by more
+    than one of its columns. Empty columns even out the counts.
 
     Args:
       nonzeros: ``[num_features]``, the non-zeros of each column (:func:`nonzeros_of_columns`) or
