@@ -10,7 +10,7 @@ Reference: Parikh & Boyd, "Proximal Algorithms", 2014, chapter 6.
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ class Penalty:
         raise ValueError(f"{self.name} is not a constraint: there is no set to look through.")
 
 
+@dataclass_transform(frozen_default=True)
 def _pytree(cls):
     """Frozen dataclass whose fields are leaves; unflattening checks nothing."""
     cls = dataclasses.dataclass(frozen=True)(cls)

@@ -20,14 +20,14 @@ class FrankWolfeState(NamedTuple):
     corner: s, the corner towards which the next step goes.
     value: The objective.
     gap: The Frank-Wolfe gap.
-    count: Steps taken.
+    num_steps: Steps taken.
     """
 
     point: Point
     corner: Params
     value: jax.Array
     gap: jax.Array
-    count: jax.Array
+    num_steps: jax.Array
 
     @property
     def params(self) -> Params:
@@ -66,10 +66,10 @@ class FrankWolfe(Method):
 
     def step(self, problem, state):
         start, corner = state.point, point(problem, state.corner)
-        size = 2 / (state.count + 2).astype(problem.dtype)
+        size = 2 / (state.num_steps + 2).astype(problem.dtype)
         if self.line_search:
             size = self._best(problem, start.margins, corner.margins - start.margins)
-        return self._at(problem, between(start, corner, size), state.count + 1)
+        return self._at(problem, between(start, corner, size), state.num_steps + 1)
 
     def _best(self, problem, margins, direction):
         """Where in [0, 1] the derivative along the way, which rises, passes 0."""

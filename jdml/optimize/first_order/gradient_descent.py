@@ -49,7 +49,8 @@ class GradientDescent(Method):
 
     def step(self, problem, state):
         fixed = self.step_size is not None
-        step = descend(problem, *state, whole=True, fixed=fixed)
+        here, value, gradient, bound = state
+        step = descend(problem, here, value, gradient, bound, whole=True, fixed=fixed)
         return GradientDescentState(step.end, *smooth_part(problem, step.end, True), step.bound)
 
     def measure(self, problem, state):

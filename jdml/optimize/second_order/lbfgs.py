@@ -20,12 +20,12 @@ class LbfgsState(NamedTuple):
     """Attributes:
     here: Point, value and gradient.
     memory: Optax's.
-    count: Steps taken.
+    num_steps: Steps taken.
     """
 
     here: DescentState
     memory: Any
-    count: jax.Array
+    num_steps: jax.Array
 
     @property
     def params(self) -> Params:
@@ -58,7 +58,7 @@ class Lbfgs(Method):
         way = Point(unravel(-direction), problem.margins(unravel(-direction)))
         t = self._length(problem, here, way)
         end = Point(unravel(flat - t * direction), here.point.margins + t * way.margins)
-        count = state.count + 1
+        count = state.num_steps + 1
         margins = jax.lax.cond(
             count % REFRESH == 0, lambda: problem.margins(end.params), lambda: end.margins
         )

@@ -18,7 +18,7 @@ class _CG(NamedTuple):
     r: Params
     p: Params
     squared: jax.Array
-    count: jax.Array
+    num_products: jax.Array
     flat: jax.Array
 
 
@@ -51,7 +51,7 @@ class NewtonCG(Method):
             return found._replace(w=found.w + problem.penalty.strong_convexity * v.w)
 
         def unfinished(cg: _CG) -> jax.Array:
-            return (cg.squared > enough**2) & (cg.count < self.max_products) & ~cg.flat
+            return (cg.squared > enough**2) & (cg.num_products < self.max_products) & ~cg.flat
 
         def more(cg: _CG) -> _CG:
             hp = product(cg.p)
@@ -61,7 +61,7 @@ class NewtonCG(Method):
             length = jnp.where(flat, 0.0, cg.squared / bend)
             x, r = add(cg.x, length, cg.p), add(cg.r, -length, hp)
             squared = dot(r, r)
-            return _CG(x, r, add(r, squared / cg.squared, cg.p), squared, cg.count + 1, flat)
+            return _CG(x, r, add(r, squared / cg.squared, cg.p), squared, cg.num_products + 1, flat)
 
         zero = jax.tree.map(jnp.zeros_like, state.gradient)
         r = add(zero, -1.0, state.gradient)
@@ -69,7 +69,9 @@ class NewtonCG(Method):
         found = jax.lax.while_loop(unfinished, more, start)
         # Flat from the start (no curvature at all): downhill.
         return jax.tree.map(
-            lambda x, g: jnp.where(found.flat & (found.count == 1), -g, x), found.x, state.gradient
+            lambda x, g: jnp.where(found.flat & (found.num_products == 1), -g, x),
+            found.x,
+            state.gradient,
         )
 
     def measure(self, problem, state):

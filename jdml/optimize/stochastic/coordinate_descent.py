@@ -12,12 +12,12 @@ from jdml.optimize.base import Method, Params, bounded_refusal, stationarity
 class CoordinateDescentState(NamedTuple):
     """Attributes:
     params: The parameters.
-    count: Epochs; the coordinates of one follow from it and the key.
+    num_steps: Epochs; the coordinates of one follow from it and the key.
     key: Of all draws.
     """
 
     params: Params
-    count: jax.Array
+    num_steps: jax.Array
     key: jax.Array
 
 
@@ -50,7 +50,7 @@ class CoordinateDescent(Method):
         bounds = smoothness * problem.rows.square().rmatvec(scale)
         bounds = jnp.where(bounds > 0, bounds, 1.0)
         columns = problem.rows.T
-        key = jax.random.fold_in(state.key, state.count)
+        key = jax.random.fold_in(state.key, state.num_steps)
         # The last number, if there is an intercept, is its.
         drawn = jax.random.randint(key, (d + problem.intercept,), 0, d + problem.intercept)
 
@@ -77,7 +77,7 @@ class CoordinateDescent(Method):
         params = state.params
         carry = (params, problem.margins(params))
         (params, _), _ = jax.lax.scan(move, carry, drawn)
-        return CoordinateDescentState(params, state.count + 1, state.key)
+        return CoordinateDescentState(params, state.num_steps + 1, state.key)
 
     def measure(self, problem, state):
         value, found = problem.loss_and_gradient(state.params)

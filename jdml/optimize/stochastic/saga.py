@@ -24,14 +24,14 @@ class SagaState(NamedTuple):
     params: The parameters.
     slopes: ``φ'`` of each sample when it was drawn last, in the margins' shape.
     step_size: η.
-    count: Epochs; the draws of one follow from it and the key.
+    num_steps: Epochs; the draws of one follow from it and the key.
     key: Of all draws.
     """
 
     params: Params
     slopes: jax.Array
     step_size: jax.Array
-    count: jax.Array
+    num_steps: jax.Array
     key: jax.Array
 
 
@@ -68,7 +68,7 @@ class Saga(Method):
 
     def step(self, problem, state):
         n, size = problem.num_samples, self.batch_size
-        key = jax.random.fold_in(state.key, state.count)
+        key = jax.random.fold_in(state.key, state.num_steps)
         to_batches, to_draws = jax.random.split(key)
         # Batches of samples that differ, for each has one entry in the table.
         batches = jax.random.permutation(to_batches, n)[: n // size * size].reshape(-1, size)
@@ -91,7 +91,7 @@ class Saga(Method):
         scale = problem.sample_weight / n
         start = (state.params, state.slopes, problem.pull(times(scale, state.slopes)))
         (params, slopes, _), _ = jax.lax.scan(move, start, draws)
-        return SagaState(params, slopes, state.step_size, state.count + 1, state.key)
+        return SagaState(params, slopes, state.step_size, state.num_steps + 1, state.key)
 
     def measure(self, problem, state):
         value, found = problem.loss_and_gradient(state.params)

@@ -16,14 +16,14 @@ class SgdState(NamedTuple):
     params: w_t.
     average: The averaged parameters.
     chain: The chain's state.
-    count: Steps taken; the draw of a step follows from it and the key.
+    num_steps: Steps taken; the draw of a step follows from it and the key.
     key: Of all draws.
     """
 
     params: Params
     average: Params
     chain: Any
-    count: jax.Array
+    num_steps: jax.Array
     key: jax.Array
 
 
@@ -61,7 +61,7 @@ class Sgd(Method):
         return state._replace(key=jax.random.key(self.seed))
 
     def step(self, problem, state):
-        key = jax.random.fold_in(state.key, state.count)
+        key = jax.random.fold_in(state.key, state.num_steps)
         samples = jax.random.randint(key, (self.batch_size,), 0, problem.num_samples)
         penalty = problem.penalty
         found = gradient(problem, take(problem, samples), state.params)
@@ -71,7 +71,7 @@ class Sgd(Method):
         params = optax.apply_updates(state.params, updates)
         if penalty.constraint:
             params = params._replace(w=penalty.project(params.w))
-        count = state.count + 1
+        count = state.num_steps + 1
         share = 2 / (count + 1).astype(problem.dtype)
         average = jax.tree.map(lambda a, p: a + share * (p - a), state.average, params)
         return SgdState(params, average, chain, count, state.key)

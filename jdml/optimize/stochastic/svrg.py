@@ -28,7 +28,7 @@ class SvrgState(NamedTuple):
     value: The objective there.
     gradient: That of the mean loss there.
     step_size: η.
-    count: Snapshots taken; the draws after one follow from it and the key.
+    num_steps: Snapshots taken; the draws after one follow from it and the key.
     key: Of all draws.
     """
 
@@ -36,7 +36,7 @@ class SvrgState(NamedTuple):
     value: jax.Array
     gradient: Params
     step_size: jax.Array
-    count: jax.Array
+    num_steps: jax.Array
     key: jax.Array
 
     @property
@@ -78,7 +78,7 @@ class Svrg(Method):
     def step(self, problem, state):
         n, size = problem.num_samples, self.batch_size
         draws = PASSES * n // size
-        key = jax.random.fold_in(state.key, state.count)
+        key = jax.random.fold_in(state.key, state.num_steps)
         samples = jax.random.randint(key, (draws, size), 0, n)
         known = problem.loss.derivative(state.snapshot.margins, problem.y)
 
@@ -92,7 +92,7 @@ class Svrg(Method):
             return problem.prox(moved, state.step_size), None
 
         params, _ = jax.lax.scan(move, state.params, samples)
-        return self._at(problem, params, state.step_size, state.count + 1, state.key)
+        return self._at(problem, params, state.step_size, state.num_steps + 1, state.key)
 
     def measure(self, problem, state):
         return state.value, stationarity(problem, state.params, state.gradient)
