@@ -32,7 +32,8 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.x.shape
+        n, d = self.x.shape
+        return n, d
 
     @property
     def dtype(self) -> Any:
