@@ -104,8 +104,8 @@ def saga(step_size: float | None = None, batch_size: int = 1, seed: int = 0) -> 
 
     A step is an epoch, n/b draws with replacement (a batch of b > 1 is drawn from a division of the
     samples made for the epoch). For a linear model ``φ_i`` is one number a sample (a row of K for K
-    outputs). With b = 1 and ``η = 1/3L_max``, ``E |p - p*|²`` shrinks by
-    ``1 - min(1/4n, μ/3L_max)`` a draw.
+    outputs); the mean is dense, so that a draw costs d operations with sparse rows, too. With b = 1
+    and ``η = 1/3L_max``, ``E |p - p*|²`` shrinks by ``1 - min(1/4n, μ/3L_max)`` a draw.
 
     Args:
       step_size: η > 0; by default ``1/3L(b)``, see ``batch_curvature``.

@@ -102,6 +102,8 @@ def svrg(step_size: float | None = None, batch_size: int = 1, seed: int = 0) -> 
     """``p <- prox_{ηR}(p - η(∇f_B(p) - ∇f_B(p̃) + ∇f(p̃)))``, p̃ a snapshot after every 2n samples.
 
     A step is all between two snapshots: 2n samples drawn with replacement, and a pass for ∇f(p̃).
+    A draw costs d operations with sparse rows, too, for the mean gradient is dense; larger batches
+    make fewer of them.
     On a μ-strongly convex objective with ``η < 1/4L`` and m draws of one sample, ``P - P*`` shrinks
     in expectation by ``1/(μη(1-4Lη)m) + 4Lη(m+1)/((1-4Lη)m)`` a step. The new snapshot is the last
     p.
