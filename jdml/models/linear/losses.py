@@ -29,12 +29,16 @@ class Loss:
       smoothness: The largest curvature ``sup φ''``; None where there is none.
       differentiable: Whether ``derivative`` is a gradient (else a subgradient).
       has_dual: Whether the methods of the dual problem are there.
+      dual_top: ``yα`` is feasible in ``[0, dual_top]``; None where every α is.
+      dual_open: Whether the dual's slope is infinite at the ends of that range.
       num_outputs: Margins of a sample; None stands for one, without a dim of its own.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = True
     has_dual: ClassVar[bool] = True
+    dual_top: ClassVar[float | None] = 1.0
+    dual_open: ClassVar[bool] = False
 
     @property
     def smoothness(self) -> float | None:
@@ -80,6 +84,14 @@ class Loss:
         """
         raise self._no_dual()
 
+    def dual_slope(self, alpha: jax.Array, y: jax.Array) -> jax.Array:
+        """``∂(-φ*(-α)) / ∂α``; less the margin, it is n times the dual's slope along ``α_i``."""
+        raise self._no_dual()
+
+    def dual_curvature(self, alpha: jax.Array, y: jax.Array) -> jax.Array:
+        """``∂²φ*(-α) / ∂α²``, >= 0."""
+        raise self._no_dual()
+
     def dual_point(self, margin: jax.Array, y: jax.Array) -> jax.Array:
         """``-φ'(a)``, a feasible α, and the best one where the margin is the optimal one."""
         if not self.has_dual:
@@ -100,6 +112,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Squared(Loss):
     name = "squared"
+    dual_top = None
 
     @property
     def smoothness(self) -> float:
@@ -116,6 +129,12 @@ class Squared(Loss):
 
     def conjugate(self, alpha, y):
         return alpha**2 / 4 - alpha * y
+
+    def dual_slope(self, alpha, y):
+        return y - alpha / 2
+
+    def dual_curvature(self, alpha, y):
+        return jnp.full_like(alpha, 0.5)
 
     def dual_step(self, margin, q, alpha, y):
         return (y - margin - alpha / 2) / (0.5 + q)
@@ -139,6 +158,7 @@ class _Margin(Loss):
 @dataclasses.dataclass(frozen=True)
 class Logistic(_Margin):
     name = "logistic"
+    dual_open = True
 
     @property
     def smoothness(self) -> float:
@@ -157,6 +177,14 @@ class Logistic(_Margin):
         b, feasible = _within(y * alpha, 1.0)
         entropy = jax.scipy.special.xlogy(b, b) + jax.scipy.special.xlog1py(1 - b, -b)
         return jnp.where(feasible, entropy, jnp.inf)
+
+    def dual_slope(self, alpha, y):
+        b = y * alpha
+        return y * (jnp.log1p(-b) - jnp.log(b))
+
+    def dual_curvature(self, alpha, y):
+        b = y * alpha
+        return 1 / (b * (1 - b))
 
     def dual_step(self, margin, q, alpha, y):
         return (y * jax.nn.sigmoid(-y * margin) - alpha) / jnp.maximum(1.0, 0.25 + q)
@@ -180,6 +208,12 @@ class Hinge(_Margin):
         b, feasible = _within(y * alpha, 1.0)
         return jnp.where(feasible, -b, jnp.inf)
 
+    def dual_slope(self, alpha, y):
+        return y
+
+    def dual_curvature(self, alpha, y):
+        return jnp.zeros_like(alpha)
+
     def dual_step(self, margin, q, alpha, y):
         # A row of zeros (q = 0) is at its best with yα = 1: the quotient is infinite, and clipped.
         return y * jnp.clip((1 - y * margin) / q + y * alpha, 0.0, 1.0) - alpha
@@ -188,6 +222,7 @@ class Hinge(_Margin):
 @dataclasses.dataclass(frozen=True)
 class SquaredHinge(_Margin):
     name = "squared_hinge"
+    dual_top = math.inf
 
     @property
     def smoothness(self) -> float:
@@ -205,6 +240,12 @@ class SquaredHinge(_Margin):
     def conjugate(self, alpha, y):
         b, feasible = _within(y * alpha, math.inf)
         return jnp.where(feasible, b**2 / 4 - b, jnp.inf)
+
+    def dual_slope(self, alpha, y):
+        return y - alpha / 2
+
+    def dual_curvature(self, alpha, y):
+        return jnp.full_like(alpha, 0.5)
 
     def dual_step(self, margin, q, alpha, y):
         b = y * alpha
@@ -235,6 +276,12 @@ class SmoothedHinge(_Margin):
     def conjugate(self, alpha, y):
         b, feasible = _within(y * alpha, 1.0)
         return jnp.where(feasible, self.gamma * b**2 / 2 - b, jnp.inf)
+
+    def dual_slope(self, alpha, y):
+        return y - self.gamma * alpha
+
+    def dual_curvature(self, alpha, y):
+        return jnp.full_like(alpha, self.gamma)
 
     def dual_step(self, margin, q, alpha, y):
         b = y * alpha

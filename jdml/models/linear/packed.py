@@ -46,7 +46,7 @@ class Packed:
       values: ``[nnz + width]``, theirs.
       starts: ``[n]``, where each row starts.
       counts: int32 ``[n]``, its non-zeros.
-      places: int32 ``[n]``, its place in the order of groups.
+      places: int32 ``[n]``, its place in the order of groups; None where there are no groups.
       groups: ``(columns, values)`` of each group of rows, ``[its width, its rows]``; 0 and 0 where
         there is nothing.
       width: Most non-zeros of a row.
@@ -56,7 +56,7 @@ class Packed:
     values: jax.Array
     starts: jax.Array
     counts: jax.Array
-    places: jax.Array
+    places: jax.Array | None
     groups: tuple[tuple[jax.Array, jax.Array], ...]
     width: int
 

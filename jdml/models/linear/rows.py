@@ -68,11 +68,15 @@ class Dense:
         """``X Xᵀ``, ``[n, n]``."""
         return self.x @ self.x.T
 
+    def in_turn(self) -> "Dense":
+        """For loops over samples: ``dot`` and ``add``, and no array that these do not read."""
+        return self
+
     def dot(self, sample: jax.Array, w: jax.Array, through: Link = same) -> jax.Array:
         """``x_iᵀ through(w)`` of one sample's number; ``through`` works element by element.
 
-        This and ``add`` are for loops over samples: they read one row, and a loop that holds
-        nothing else becomes one kernel on a CPU.
+        This and ``add`` read one row, and a loop that holds nothing else becomes one kernel on a
+        CPU.
         """
         return jnp.sum(_row(self.x, sample) * through(w))
 
@@ -135,6 +139,9 @@ class Sparse:
 
     def take(self, samples: jax.Array) -> "Taken":
         return Taken(*jax.vmap(self.by_row.row)(samples), self.shape[1])
+
+    def in_turn(self) -> Packed:
+        return dataclasses.replace(self.by_row, groups=(), places=None)
 
     def dot(self, sample: jax.Array, w: jax.Array, through: Link = same) -> jax.Array:
         return self.by_row.dot(sample, w, through)
