@@ -23,6 +23,7 @@ _CODECS: dict[str, Callable[[], Content]] = {
     "int8": lambda: codecs.int8(256),
     "fp8": codecs.fp8,
     "int4": codecs.int4,
+    "int4 + EF": lambda: error_feedback(codecs.int4()),
     "e3m0": codecs.e3m0,
     "qsgd": lambda: codecs.qsgd(7),
     "int2": codecs.int2,

@@ -51,6 +51,7 @@ OURS = (
     EXACT,
     "int8",
     "int4",
+    "int4 + EF",
     "one_bit + EF",
     "top 1 % + int8 + EF all_gather",
     "power_sgd 4",
