@@ -3,6 +3,10 @@
 from jdml.optimize.base import Method as Method
 from jdml.optimize.base import Problem as Problem
 from jdml.optimize.base import methods_for as methods_for
+from jdml.optimize.dual.cyclic import cyclic_dual_ascent as cyclic_dual_ascent
+from jdml.optimize.dual.newton import dual_newton as dual_newton
+from jdml.optimize.dual.sdca import sdca as sdca
+from jdml.optimize.dual.sdna import sdna as sdna
 from jdml.optimize.first_order.accelerated import accelerated as accelerated
 from jdml.optimize.first_order.frank_wolfe import frank_wolfe as frank_wolfe
 from jdml.optimize.first_order.gradient_descent import gradient_descent as gradient_descent

@@ -66,9 +66,16 @@ def first_alpha(problem: Problem, params: Params) -> jax.Array:
     return jnp.where(jnp.any(params.w != 0), point, 0).astype(problem.dtype)
 
 
-def seed_of(seed: int, number: jax.Array) -> jax.Array:
-    """uint32 of a seed and a pass's number."""
-    return jax.random.bits(jax.random.fold_in(jax.random.key(seed), number), (), jnp.uint32)
+def rows_refusal(problem: Problem) -> str | None:
+    """``dual_refusal``, and why samples cannot be taken one by one."""
+    if not hasattr(problem.rows, "in_turn"):
+        return "no single rows can be taken of a stream"
+    return dual_refusal(problem)
+
+
+def seed_of(key: jax.Array, number: jax.Array) -> jax.Array:
+    """uint32 of a key and a pass's number."""
+    return jax.random.bits(jax.random.fold_in(key, number), (), jnp.uint32)
 
 
 def checked_seed(name: str, seed: Any) -> int:

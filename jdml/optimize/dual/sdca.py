@@ -11,11 +11,11 @@ from jdml.optimize.base import Method
 from jdml.optimize.dual.ascent import Active, Samples, Sampling, ascend, everyone, samples_of
 from jdml.optimize.dual.gap import (
     checked_seed,
-    dual_refusal,
     dual_to_primal,
     duality_gap,
     first_alpha,
     params_of,
+    rows_refusal,
     seed_of,
 )
 
@@ -32,6 +32,7 @@ class AscentState(NamedTuple):
       active: Samples not shrunk.
       num_passes: int32.
       squared_norms: ``|x_i|²``, ``[n]``, a constant of the problem.
+      key: Of all draws.
     """
 
     alpha: jax.Array
@@ -39,6 +40,7 @@ class AscentState(NamedTuple):
     active: Active
     num_passes: jax.Array
     squared_norms: jax.Array
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class CoordinateAscent(Method):
 
     @classmethod
     def refusal(cls, problem):
-        return dual_refusal(problem)
+        return rows_refusal(problem)
 
     def init(self, problem, params):
         alpha = first_alpha(problem, params)
@@ -66,10 +68,8 @@ class CoordinateAscent(Method):
             everyone(problem.num_samples, problem.dtype),
             jnp.zeros((), jnp.int32),
             problem.rows.squared_norms(),
+            jax.random.key(0),
         )
-
-    def seed_at(self, num_passes: jax.Array) -> jax.Array:
-        return jnp.uint32(0)
 
     def step(self, problem, state):
         anew = state.num_passes % PASSES == 0
@@ -91,7 +91,7 @@ class CoordinateAscent(Method):
             u,
             active,
             jnp.uint32(problem.num_samples),
-            self.seed_at(state.num_passes),
+            seed_of(state.key, state.num_passes),
         )
         return state._replace(alpha=alpha, u=u, active=active, num_passes=state.num_passes + 1)
 
@@ -105,7 +105,7 @@ class CoordinateAscent(Method):
 @dataclasses.dataclass(frozen=True)
 class SDCA(CoordinateAscent):
     replace: bool
-    seed: int
+    seed: int = dataclasses.field(compare=False)
     name = "sdca"
     sampling = "stochastic"
 
@@ -113,8 +113,8 @@ class SDCA(CoordinateAscent):
     def draw(self) -> Sampling:  # type: ignore[override]
         return "replacement" if self.replace else "permutation"
 
-    def seed_at(self, num_passes):
-        return seed_of(self.seed, num_passes)
+    def seeded(self, state):
+        return state._replace(key=jax.random.key(self.seed))
 
 
 def sdca(replace: bool = False, shrink: bool | None = None, seed: int = 0) -> SDCA:

@@ -12,11 +12,11 @@ from jdml.optimize.dual.ascent import Samples, samples_of, soft
 from jdml.optimize.dual.box import bounds, free, inside, moved, off_by
 from jdml.optimize.dual.gap import (
     checked_seed,
-    dual_refusal,
     dual_to_primal,
     duality_gap,
     first_alpha,
     params_of,
+    rows_refusal,
 )
 
 ROUNDS = 20
@@ -32,17 +32,19 @@ class SDNAState(NamedTuple):
       alpha: ``[n]``.
       u: ``[d]``.
       num_passes: int32.
+      key: Of all draws.
     """
 
     alpha: jax.Array
     u: jax.Array
     num_passes: jax.Array
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class SDNA(Method):
     block: int
-    seed: int
+    seed: int = dataclasses.field(compare=False)
     name = "sdna"
     certificate = "duality gap"
     order = "second"
@@ -51,7 +53,7 @@ class SDNA(Method):
 
     @classmethod
     def refusal(cls, problem):
-        return dual_refusal(problem)
+        return rows_refusal(problem)
 
     def check(self, problem):
         super().check(problem)
@@ -66,13 +68,16 @@ class SDNA(Method):
         if problem.loss.dual_open:
             alpha = problem.loss.dual_point(problem.margins(params), problem.y)
             alpha = inside(problem.loss, alpha.astype(problem.dtype), problem.y)
-        return SDNAState(alpha, dual_to_primal(problem, alpha), jnp.zeros((), jnp.int32))
+        u = dual_to_primal(problem, alpha)
+        return SDNAState(alpha, u, jnp.zeros((), jnp.int32), jax.random.key(0))
+
+    def seeded(self, state):
+        return state._replace(key=jax.random.key(self.seed))
 
     def step(self, problem, state):
         samples = samples_of(problem)
         n, size = problem.num_samples, self.block
-        key = jax.random.fold_in(jax.random.key(self.seed), state.num_passes)
-        order = jax.random.permutation(key, n)
+        order = jax.random.permutation(jax.random.fold_in(state.key, state.num_passes), n)
         # The last block is filled up from the first, of other samples.
         order = jnp.resize(order, (-(-n // size), size))
 
@@ -93,7 +98,7 @@ class SDNA(Method):
 
         u = dual_to_primal(problem, state.alpha)
         (alpha, u), _ = lax.scan(one, (state.alpha, u), order)
-        return SDNAState(alpha, u, state.num_passes + 1)
+        return SDNAState(alpha, u, state.num_passes + 1, state.key)
 
     def measure(self, problem, state):
         return duality_gap(problem, state.alpha, state.u)
