@@ -79,7 +79,9 @@ class Saga(Method):
             chosen = batches[draw]
             batch = take(problem, chosen)
             here = problem.loss.derivative(margins(batch, params), batch.y)
-            change = mean_pull(batch, here - slopes[chosen], params)
+            # Read before the table is written to, or XLA copies it at every draw.
+            before, slopes = jax.lax.optimization_barrier((slopes[chosen], slopes))
+            change = mean_pull(batch, here - before, params)
             moved = jax.tree.map(
                 lambda p, c, m: p - state.step_size * (c + m), params, change, mean
             )
