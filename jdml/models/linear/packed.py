@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Packed:
     values: jax.Array
     starts: jax.Array
     counts: jax.Array
-    places: jax.Array | None
+    places: Any
     groups: tuple[tuple[jax.Array, jax.Array], ...]
     width: int
 
@@ -88,7 +89,7 @@ class Packed:
         def add(columns: jax.Array, values: jax.Array, total: jax.Array) -> jax.Array:
             terms = [values[e] * through(element(w, columns[e])) for e in range(values.shape[0])]
             while len(terms) > 1:
-                terms = [sum(terms[e : e + 2]) for e in range(0, len(terms), 2)]
+                terms = [*map(jnp.add, terms[::2], terms[1::2]), *terms[len(terms) & ~1 :]]
             return total + terms[0]
 
         return self._along(number, 4, add, jnp.zeros((), w.dtype))
@@ -146,7 +147,7 @@ def gather(w: jax.Array, places: jax.Array) -> jax.Array:
 def pack(matrix: scipy.sparse.csr_array) -> Packed:
     """Packs a CSR matrix on the host; its entries must be finite and given once."""
     counts = np.diff(matrix.indptr).astype(np.int64)
-    widths = _joined(_group_width(counts))
+    widths = _joined(group_width(counts))
     order = np.argsort(widths, kind="stable")
     places = np.empty(len(order), np.int32)
     places[order] = np.arange(len(order), dtype=np.int32)
@@ -200,7 +201,7 @@ def _add_lines(total: jax.Array, columns: jax.Array, values: jax.Array, w: jax.A
     return total
 
 
-def _group_width(counts: np.ndarray) -> np.ndarray:
+def group_width(counts: np.ndarray) -> np.ndarray:
     """The least of 0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, … that is not below."""
     power = 2 ** np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64)
     half_way = power * 3 // 4

@@ -44,14 +44,14 @@ class Active(NamedTuple):
     """The samples that are visited; the others were shrunk.
 
     Attributes:
-      order: uint32 ``[n]``; the first ``count`` are their numbers.
-      count: uint32.
+      order: uint32 ``[n]``; the first ``size`` are their numbers.
+      size: uint32.
       threshold: A sample that does not move is left out if it would not though its margin changed
         by as much; inf leaves none out.
     """
 
     order: jax.Array
-    count: jax.Array
+    size: jax.Array
     threshold: Any
 
 
@@ -88,7 +88,7 @@ def ascend(
     num_steps: jax.Array,
     seed: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Active]:
-    """``num_steps`` coordinate steps, at most ``active.count``, one after the other.
+    """``num_steps`` coordinate steps, at most ``active.size``, one after the other.
 
     Args:
       loss: The loss; static, as the two arguments that follow.
@@ -116,8 +116,8 @@ def ascend(
     )
     leaves, form = jax.tree.flatten(parts)
     alpha, u, largest, *new = _kernel(loss, sampling, shrink, form)(*leaves)
-    order, count = new if shrink else (active.order, active.count)
-    return alpha, u, Active(order, count, largest)
+    order, size = new if shrink else (active.order, active.size)
+    return alpha, u, Active(order, size, largest)
 
 
 @functools.lru_cache(maxsize=256)

@@ -79,7 +79,7 @@ class CoordinateAscent(Method):
             whole = everyone(problem.num_samples, problem.dtype)
             active = Active(
                 jnp.where(anew, whole.order, active.order),
-                jnp.where(anew, whole.count, active.count),
+                jnp.where(anew, whole.size, active.size),
                 active.threshold,
             )
         alpha, u, active = ascend(

@@ -152,7 +152,7 @@ def test_liblinear_finds_the_same_objective(loss):
     theirs = problem.value(problem.init()._replace(w=jnp.asarray(model.coef_[0])))
     np.testing.assert_allclose(found.value, theirs, rtol=1e-8)
     # Samples beyond the margin were left out.
-    assert int(found.state.active.count) < 200
+    assert int(found.state.active.size) < 200
 
 
 def test_a_local_solver_ascends_the_stretched_subproblem():
