@@ -20,3 +20,5 @@ from jdml.models.linear.problem import Weights as Weights
 from jdml.models.linear.rows import Dense as Dense
 from jdml.models.linear.rows import Sparse as Sparse
 from jdml.models.linear.rows import as_rows as as_rows
+from jdml.models.linear.shard import divide as divide
+from jdml.models.linear.shard import shard_problem as shard_problem

@@ -1,0 +1,261 @@
+"""Rows cut into blocks, by sample, by feature, or both: what each of several workers has.
+
+Block ``(s, f)`` of a grid ``S × F`` has the s-th part of the samples and the f-th of the columns.
+All are of one shape and stand in one pytree with two dims more, ``[S, F, ...]``. On a mesh these
+are sharded, a block on each device, and what must be summed is summed by one all-reduce each:
+
+- ``matvec``: partial margins ``X_sf w_f``, over the axis of the features;
+- ``rmatvec``: partial gradients ``X_sfᵀ v_s``, over the axis of the samples.
+
+Without a mesh the blocks stand side by side on one device: workers are simulated.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jdml.models.linear.packed import Packed, group_width
+from jdml.models.linear.rows import Dense, Sparse
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["blocks"],
+    meta_fields=["shape", "grid", "mesh", "axes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Divided:
+    """Methods as :class:`Dense`, for whole passes; no sample is taken by itself.
+
+    Attributes:
+      blocks: Rows whose leaves have ``[S, F]`` in front.
+      shape: ``(n, d)`` of all, what fills blocks up included.
+      grid: ``(S, F)``.
+      mesh: Where; None on one device.
+      axes: Mesh axes of the samples and of the features, None where not divided.
+    """
+
+    blocks: Any
+    shape: tuple[int, int]
+    grid: tuple[int, int]
+    mesh: Mesh | None
+    axes: tuple[str | None, str | None]
+
+    @property
+    def dtype(self) -> Any:
+        return self.blocks.dtype
+
+    def matvec(self, w: jax.Array) -> jax.Array:
+        """``X w``. Travels: n/S margins (times outputs), summed along the axis of features."""
+        return self._product(w, 1)
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        """``Xᵀ v``. Travels: d/F numbers (times outputs), summed along the axis of samples."""
+        return self._product(v, 0)
+
+    def squared_norms(self) -> jax.Array:
+        """``|x_i|²``, ``[n]``. Travels: as matvec."""
+        return self._sum(lambda block: block.squared_norms(), 1)
+
+    def square(self) -> "Divided":
+        return dataclasses.replace(self, blocks=self.blocks.square())
+
+    def gram(self, weights: jax.Array) -> jax.Array:
+        """As of Dense, of rows divided by sample. Travels: d² numbers."""
+        if self.grid[1] > 1:
+            raise ValueError(
+                f"gram: these rows are divided into {self.grid[1]} parts by feature, and no worker "
+                "has two columns of different parts. Take newton_cg or lbfgs, or divide by sample."
+            )
+        return self._sum(lambda block, weights: block.gram(weights), 0, weights)
+
+    def each(
+        self, f: Callable[..., Any], parts: Sequence[Any] = (), shared: Sequence[Any] = ()
+    ) -> Any:
+        """``f(block, *parts, *shared)`` of every block, for rows divided one way, on its device.
+
+        Args:
+          f: Sees one worker's rows and its part of ``parts``.
+          parts: Pytrees whose leaves are ``[K, ...]``, a row for each of the K blocks.
+          shared: Pytrees that all of them see.
+
+        Returns:
+          What f returned, ``[K, ...]``, a row on each device. Nothing travels.
+        """
+        num_blocks = self.grid[0] * self.grid[1]
+        assert num_blocks == max(self.grid), self.grid
+        blocks = jax.tree.map(lambda x: x.reshape(num_blocks, *x.shape[2:]), self.blocks)
+        if self.mesh is None:
+            if num_blocks == 1:
+                return _put_in_front(f(*_first((blocks, *parts)), *shared))
+            # One after the other: loops within f stay loops, and branches branches.
+            return jax.lax.map(lambda own: f(*own, *shared), (blocks, *parts))
+
+        def local(own: Any, shared: Any) -> Any:
+            return _put_in_front(f(*_first(own), *shared))
+
+        spec = P(self.axes[0] or self.axes[1])
+        on_mesh = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(spec, P()), out_specs=spec, check_vma=False
+        )
+        return on_mesh((blocks, *parts), tuple(shared))
+
+    def parts(self, v: jax.Array) -> jax.Array:
+        """``v`` of all samples, or of all columns where these are divided, as ``[K, ...]``."""
+        return v.reshape(max(self.grid), -1, *v.shape[1:])
+
+    def _product(self, v: jax.Array, over: int) -> jax.Array:
+        def one(block: Any, v: jax.Array) -> jax.Array:
+            return block.matvec(v) if over else block.rmatvec(v)
+
+        return self._sum(one, over, v)
+
+    def _sum(self, f: Callable[..., jax.Array], over: int, *args: jax.Array) -> jax.Array:
+        """``f(block, part)``, summed over a dim of the grid; parts are of that dim.
+
+        What is left of the grid is joined with the first dim of what f returns; a Gram matrix of
+        rows divided by sample has nothing left.
+        """
+        cut = [v.reshape(self.grid[over], -1, *v.shape[1:]) for v in args]
+        if self.mesh is None:
+            blocks = jax.tree.map(lambda x: jnp.moveaxis(x, over, 1), self.blocks)
+            if max(self.grid) == 1:
+                return f(_first(_first(blocks)), *(c[0] for c in cut))
+            found = jax.vmap(lambda row: jax.vmap(f)(row, *cut))(blocks)
+            return _joined(jnp.sum(found, axis=1))
+
+        def local(blocks: Any, *cut: jax.Array) -> jax.Array:
+            part = f(_first(_first(blocks)), *(c[0] for c in cut))
+            axis = self.axes[over]
+            return (part if axis is None else jax.lax.psum(part, axis))[None]
+
+        on_mesh = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(P(*self.axes), *(P(self.axes[over]) for _ in cut)),
+            out_specs=P(self.axes[1 - over]),
+            check_vma=False,
+        )
+        return _joined(on_mesh(self.blocks, *cut))
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _put_in_front(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def cut(
+    rows: Dense | Sparse,
+    places: np.ndarray,
+    num_columns: int,
+    grid: tuple[int, int],
+    mesh: Mesh | None,
+    axes: tuple[str | None, str | None],
+) -> Divided:
+    """Rows in blocks.
+
+    Args:
+      rows: X ``[n, d]``.
+      places: ``[S, n_s]``: the row that stands at each place, -1 for a row of zeros.
+      num_columns: Of all blocks, at least d; those past d are zeros.
+      grid: ``(S, F)``; F divides ``num_columns``.
+      mesh, axes: As :class:`Divided`.
+    """
+    blocks = (_cut_dense if isinstance(rows, Dense) else _cut_sparse)(
+        rows, places, num_columns, grid[1]
+    )
+    if mesh is not None:
+        blocks = jax.device_put(blocks, NamedSharding(mesh, P(*axes)))
+    else:
+        blocks = jax.tree.map(jnp.asarray, blocks)
+    return Divided(blocks, (places.size, num_columns), grid, mesh, axes)
+
+
+def _cut_dense(rows: Dense, places: np.ndarray, num_columns: int, parts: int) -> Dense:
+    x = np.asarray(rows.x)
+    found = np.zeros((*places.shape, num_columns), x.dtype)
+    found[..., : x.shape[1]] = np.where((places >= 0)[..., None], x[places], 0)
+    found = found.reshape(*places.shape, parts, -1).transpose(0, 2, 1, 3)
+    return Dense(np.ascontiguousarray(found))  # type: ignore[arg-type]
+
+
+def _cut_sparse(rows: Sparse, places: np.ndarray, num_columns: int, parts: int) -> Sparse:
+    matrix = to_csr(rows)
+    empty = scipy.sparse.csr_array((1, rows.shape[1]), dtype=matrix.dtype)
+    matrix = scipy.sparse.vstack([matrix, empty], format="csr")  # the last one stands for -1
+    matrix = scipy.sparse.csr_array((matrix.data, matrix.indices, matrix.indptr))
+    matrix.resize((matrix.shape[0], num_columns))
+    wide = num_columns // parts
+    blocks = [matrix[own][:, f * wide : (f + 1) * wide] for own in places for f in range(parts)]
+    shape = (places.shape[1], wide)
+    by_row = pack_alike([scipy.sparse.csr_array(b) for b in blocks])
+    by_column = pack_alike([scipy.sparse.csr_array(b.T) for b in blocks])
+    stacked = Sparse(by_row, by_column, shape)
+    return jax.tree.map(lambda x: x.reshape(len(places), parts, *x.shape[1:]), stacked)
+
+
+def to_csr(rows: Sparse) -> scipy.sparse.csr_array:
+    """What was packed."""
+    counts = np.asarray(rows.by_row.counts)
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    content = np.asarray(rows.by_row.values)[: indptr[-1]]
+    columns = np.asarray(rows.by_row.columns)[: indptr[-1]]
+    return scipy.sparse.csr_array((content, columns, indptr), shape=rows.shape)
+
+
+def pack_alike(matrices: Sequence[scipy.sparse.csr_array]) -> Packed:
+    """As ``pack`` each, leaves ``[number, ...]``: groups are of the most rows that any needs."""
+    most_counts = [np.diff(m.indptr).astype(np.int64) for m in matrices]
+    widths = [group_width(counts) for counts in most_counts]
+    kinds = np.unique(np.concatenate(widths))
+    sizes = {kind: max(int((w == kind).sum()) for w in widths) for kind in kinds}
+    most = max(1, *(int(counts.max()) for counts in most_counts))
+    length = max(m.nnz for m in matrices) + most
+    packed = []
+    for matrix, counts, wide in zip(matrices, most_counts, widths, strict=True):
+        columns = np.pad(matrix.indices.astype(np.int32), (0, length - matrix.nnz))
+        values = np.pad(matrix.data, (0, length - matrix.nnz))
+        places = np.empty(len(counts), np.int32)
+        groups, offset = [], 0
+        for kind, size in sizes.items():
+            rows = np.flatnonzero(wide == kind)
+            places[rows] = offset + np.arange(len(rows))
+            offset += size
+            lines = np.arange(kind)[:, None]
+            there = lines < counts[rows]
+            at = np.where(there, matrix.indptr[rows] + lines, 0)
+            fill = ((0, 0), (0, size - len(rows)))
+            groups.append(
+                (
+                    np.pad(np.where(there, columns[at], 0), fill),
+                    np.pad(np.where(there, values[at], 0).astype(matrix.dtype), fill),
+                )
+            )
+        starts = matrix.indptr[:-1].astype(np.int32 if length < 2**31 else np.int64)
+        packed.append(
+            Packed(
+                columns,  # type: ignore[arg-type]
+                values,  # type: ignore[arg-type]
+                starts,
+                counts.astype(np.int32),
+                places,
+                tuple(groups),
+                most,
+            )
+        )
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)

@@ -1,0 +1,179 @@
+"""A problem on the workers of a mesh, or divided over simulated ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jdml.models.linear.divided import cut
+from jdml.models.linear.problem import LinearProblem
+from jdml.models.linear.rows import Dense, Sparse
+
+CENTRED = ("l2", "l1", "elastic_net", "l1_ball")
+"""Penalties that hold the coordinate of a column of zeros at 0."""
+
+
+def shard_problem(
+    problem: LinearProblem, mesh: Mesh, samples: str | None = None, features: str | None = None
+) -> LinearProblem:
+    """The problem with its rows on a mesh, for any solver that takes whole passes.
+
+    Dense rows are one array ``[n, d]`` with the sharding ``P(samples, features)``, and the compiler
+    inserts the reductions: a product ``X w`` sends partial margins, n/S numbers along the axis of
+    features (S workers on that of samples); ``Xᵀ v`` sends partial gradients, d/F along the axis of
+    samples; a Hessian ``d²``. Sparse rows are packed by blocks (:class:`Divided`) and send the
+    same. An all-reduce of x bytes among K workers sends ``2 (K-1)/K x`` from each.
+
+    Where S does not divide n, rows of zeros with weight 0 fill up; where F does not divide d,
+    columns of zeros follow the last, whose coordinates stay 0: the answer is ``w[:d]``.
+
+    Methods that take samples or columns one by one would fetch each over the mesh; those of
+    ``jdml.aggregate.linear`` do not, with :func:`divide`.
+
+    Args:
+      problem: Dense or sparse rows, on one device.
+      mesh: With the axes that follow.
+      samples: Axis of the samples.
+      features: Axis of the columns; one of both at least.
+
+    Raises:
+      ValueError: an axis is not the mesh's, more workers than rows or columns, or columns of zeros
+        under a penalty that does not hold their coordinates at 0.
+    """
+    grid = tuple(1 if axis is None else _size(mesh, axis) for axis in (samples, features))
+    if samples is None and features is None:
+        raise ValueError(
+            f"shard_problem: neither samples nor features names an axis of {mesh.axis_names}; "
+            "expected one of both at least."
+        )
+    if samples == features:
+        raise ValueError(f"shard_problem: samples and features are both {samples!r}.")
+    if isinstance(problem.rows, Sparse):
+        return _divided(problem, "shard_problem", grid, mesh, (samples, features), None)
+    places, num_columns = _layout("shard_problem", problem, grid, None)
+    x = np.asarray(problem.rows.x)  # type: ignore[union-attr]
+    x = np.pad(x, ((0, 0), (0, num_columns - x.shape[1])))
+    order = places.ravel()
+    x = np.where((order >= 0)[:, None], x[order], 0)
+    rows = Dense(jax.device_put(x, NamedSharding(mesh, P(samples, features))))
+    return _on(problem, rows, places, mesh, samples)
+
+
+def divide(
+    problem: LinearProblem,
+    samples: str | int = 1,
+    features: str | int = 1,
+    *,
+    mesh: Mesh | None = None,
+    parts: Sequence[npt.ArrayLike] | None = None,
+) -> LinearProblem:
+    """The problem in blocks, for the methods of ``jdml.aggregate.linear``.
+
+    Args:
+      problem: Dense or sparse rows, on one device.
+      samples: A mesh axis, each of whose workers has a part of the samples; or a number of
+        simulated workers, on one device and without a mesh. 1: not divided by sample.
+      features: The same of the columns.
+      mesh: Where the axes are.
+      parts: Which samples each worker has, as ``jdml.partition`` gives them; by default blocks of
+        neighbours. Each is filled up to the largest with rows of zeros, of weight 0.
+
+    Returns:
+      The problem with :class:`Divided` rows; the samples in the order of the parts. Columns of
+      zeros may follow the last, as in :func:`shard_problem`.
+
+    Raises:
+      ValueError: as shard_problem; simulated workers on a mesh; parts that are no division.
+    """
+    named = [part for part in (samples, features) if isinstance(part, str)]
+    if named and mesh is None:
+        raise ValueError(f"divide: {named} are mesh axes; give the mesh, or numbers of workers.")
+    if mesh is not None and (not named or {samples, features} - {*named, 1}):
+        raise ValueError(
+            f"divide(samples={samples!r}, features={features!r}): with a mesh, expected its axes "
+            f"{mesh.axis_names}, or 1 for what is not divided."
+        )
+    if samples == features and named:
+        raise ValueError(f"divide: samples and features are both {samples!r}.")
+    if isinstance(samples, str) or isinstance(features, str):
+        assert mesh is not None
+        grid = tuple(_size(mesh, p) if isinstance(p, str) else p for p in (samples, features))
+    else:
+        grid = (samples, features)
+    axes = tuple(part if isinstance(part, str) else None for part in (samples, features))
+    return _divided(problem, "divide", grid, mesh, axes, parts)
+
+
+def _divided(problem, caller, grid, mesh, axes, parts) -> LinearProblem:
+    places, num_columns = _layout(caller, problem, grid, parts)
+    rows: Any = problem.rows
+    return _on(problem, cut(rows, places, num_columns, grid, mesh, axes), places, mesh, axes[0])
+
+
+def _on(
+    problem: LinearProblem, rows: Any, places: np.ndarray, mesh: Mesh | None, samples: str | None
+) -> LinearProblem:
+    order = places.ravel()
+    weight = np.asarray(problem.sample_weight)
+    # Its mean over all rows, those of weight 0 included, is to be 1.
+    weight = np.where(order >= 0, weight[order], 0) * (order.size / problem.num_samples)
+    leaves = [np.asarray(problem.y)[order], weight.astype(weight.dtype)]
+    if mesh is None:
+        y, s = map(jnp.asarray, leaves)
+    else:
+        y, s = jax.device_put(leaves, NamedSharding(mesh, P(samples)))
+    return problem.replace(rows=rows, y=y, sample_weight=s.astype(problem.dtype))
+
+
+def _layout(
+    caller: str,
+    problem: LinearProblem,
+    grid: tuple[int, ...],
+    parts: Sequence[npt.ArrayLike] | None,
+) -> tuple[np.ndarray, int]:
+    """``places [S, n_s]`` and the number of columns."""
+    if not isinstance(problem.rows, (Dense, Sparse)):
+        raise ValueError(
+            f"{caller}: rows of type {type(problem.rows).__name__}; expected Dense or Sparse ones, "
+            "in memory and not divided yet."
+        )
+    n, d = problem.rows.shape
+    for num, what, size in ((n, "rows", grid[0]), (d, "columns", grid[1])):
+        if size < 1:
+            raise ValueError(f"{caller}: {size} workers; expected at least one.")
+        if size > num:
+            raise ValueError(
+                f"{caller}: {size} workers and {num} {what}; everybody needs at least one. Take at "
+                f"most {num} workers, or divide the other way."
+            )
+    if parts is None:
+        found = np.array_split(np.arange(n), grid[0])
+    else:
+        found = [np.asarray(part, np.int64).ravel() for part in parts]
+        counts = np.bincount(np.concatenate(found), minlength=n) if found else np.zeros(n)
+        if len(found) != grid[0] or len(counts) != n or np.any(counts != 1):
+            raise ValueError(
+                f"{caller}: {len(found)} parts; expected {grid[0]}, in which each of {n} rows is "
+                "in one."
+            )
+    most = max(map(len, found))
+    places = np.stack([np.pad(p, (0, most - len(p)), constant_values=-1) for p in found])
+    num_columns = -(-d // grid[1]) * grid[1]
+    if num_columns > d and problem.penalty.name not in CENTRED:
+        raise ValueError(
+            f"{caller}: {grid[1]} workers do not divide {d} columns, and columns of zeros may only "
+            f"be added with a penalty of {', '.join(CENTRED)}; this one is {problem.penalty.name}. "
+            "Take a number of workers that divides, or such a penalty."
+        )
+    return places, num_columns
+
+
+def _size(mesh: Mesh, axis: str) -> int:
+    if axis not in mesh.shape:
+        raise ValueError(f"the mesh has no axis {axis!r}; its axes are {tuple(mesh.shape)}.")
+    return mesh.shape[axis]
