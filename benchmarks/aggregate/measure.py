@@ -35,7 +35,7 @@ class Size:
       model: The transformer.
     """
 
-    samples: int = 4
+    samples: int = 8
     seq: int = 128
     model: TransformerConfig = field(default_factory=TransformerConfig)
 
