@@ -1,0 +1,10 @@
+"""Distributed solvers of linear models, over a mesh axis or simulated workers.
+
+Each is a ``jdml.optimize.Method`` for ``solve``, on a problem that ``jdml.models.linear.divide``
+has divided. Solvers of ``jdml.optimize`` that take whole passes need nothing of this: on rows that
+``shard_problem`` has placed, the compiler inserts their reductions.
+"""
+
+from jdml.aggregate.linear.cocoa import LocalSDCA as LocalSDCA
+from jdml.aggregate.linear.cocoa import LocalSDNA as LocalSDNA
+from jdml.aggregate.linear.cocoa import cocoa as cocoa

@@ -1,0 +1,138 @@
+"""CoCoA against SDCA, its own certificate, and the bytes of the compiled program."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from sklearn.datasets import load_breast_cancer, load_diabetes
+
+from jdml.aggregate.linear import LocalSDCA, LocalSDNA, cocoa
+from jdml.communicate import error_feedback
+from jdml.communicate.codecs import int8
+from jdml.models.linear import (
+    LinearProblem,
+    divide,
+    elastic_net,
+    hinge,
+    l1,
+    l2,
+    logistic,
+    poisson,
+    smoothed_hinge,
+    squared,
+)
+from jdml.optimize import newton_cholesky, sdca, solve
+from jdml.sharding import bytes_per_axis, collectives, make_mesh
+
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+LAM = 0.01
+
+
+@functools.cache
+def data(name="cancer"):
+    x, y = (load_breast_cancer if name == "cancer" else load_diabetes)(return_X_y=True)
+    x = (x - x.mean(0)) / x.std(0)
+    return x, np.where(y > 0, 1.0, -1.0) if name == "cancer" else y / y.std()
+
+
+def problem_of(loss=None, penalty=None, sparse=False, name="cancer"):
+    x, y = data(name)
+    x = scipy.sparse.csr_array(np.where(np.abs(x) > 0.5, x, 0)) if sparse else x
+    return LinearProblem(x, y, loss or logistic(), penalty or l2(LAM))
+
+
+def mesh_of(num):
+    return make_mesh({"data": num}, devices=jax.devices()[:num])
+
+
+def run(problem, method, rounds, tol=0.0):
+    return solve(problem, method, tol, rounds, check_every=1, progress=False)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_one_worker_is_sdca(sparse):
+    problem = problem_of(hinge(), elastic_net(0.001, LAM), sparse)
+    alone = run(problem, sdca(shrink=False, seed=3), 3).state
+    state = run(divide(problem, 1), cocoa(seed=3), 3).state
+    np.testing.assert_allclose(state.alpha[0], alone.alpha, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(state.u, alone.u, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [logistic(), hinge(), smoothed_hinge(0.5)], ids=str)
+@pytest.mark.parametrize("method", [cocoa(), cocoa(gamma=None)], ids=["adding", "averaging"])
+def test_simulated_workers_raise_the_dual_every_round(method, loss):
+    found = run(divide(problem_of(loss), 8), method, 40).history
+    dual = found.values - found.certificates
+    # Safe σ' makes every round an ascent, whatever the others do.
+    assert (np.diff(dual) >= -1e-12).all()
+    assert found.certificates[-1] < 0.2 * found.certificates[0]
+
+
+def test_a_mesh_does_what_is_simulated():
+    problem = problem_of(hinge(), sparse=True)
+    simulated = run(divide(problem, 4), cocoa(), 3)
+    placed = run(divide(problem, "data", mesh=mesh_of(4)), cocoa(), 3)
+    np.testing.assert_allclose(placed.state.alpha, simulated.state.alpha, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(placed.params.w, simulated.params.w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("num", [1, 8, 64])
+def test_the_optimum_of_scikit_learn(num):
+    # A gap of 1e-9 bounds the distance from the minimum, which Newton found to rounding.
+    problem = problem_of(squared(), l2(0.5), name="diabetes")
+    least = solve(problem, newton_cholesky(), 1e-10, progress=False).value
+    method = cocoa(local=LocalSDNA(block=16, passes=3))
+    found = solve(divide(problem, num), method, 1e-9, 1000, progress=False)
+    assert found.converged
+    assert found.value == pytest.approx(least, rel=1e-8)
+
+
+def test_bytes_of_a_round():
+    mesh = mesh_of(4)
+    problem = divide(problem_of(), "data", mesh=mesh)
+    state = cocoa().init(problem, problem.init())
+    compiled = jax.jit(cocoa().step).lower(problem, state).compile()
+    sent = bytes_per_axis(collectives(compiled, mesh))
+    assert sent == {("data",): 2 * 3 * 30 * 8 // 4}
+
+
+def test_a_codec_sends_fewer_bytes_and_the_certificate_stays_exact():
+    mesh = mesh_of(4)
+    problem = divide(problem_of(smoothed_hinge(1.0), l2(0.1)), "data", mesh=mesh)
+    method = cocoa(codec=error_feedback(int8(block=32)))
+    found = run(problem, method, 200, 1e-5)
+    assert found.converged
+    exact = problem.value(found.params)
+    np.testing.assert_allclose(exact, found.value, rtol=1e-12)
+    compiled = jax.jit(method.step).lower(problem, found.state).compile()
+    sent = bytes_per_axis(collectives(compiled, mesh))
+    assert sent == {("data",): 2 * 3 * int8(block=32).payload_bytes(32)}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: solve(problem_of(), cocoa()), "not divided"),
+        (lambda: solve(divide(problem_of(), features=2), cocoa()), "by sample alone"),
+        (lambda: solve(divide(problem_of(penalty=l1(1.0)), 2), cocoa()), "not strongly convex"),
+        (
+            lambda: solve(divide(LinearProblem(*data("diabetes"), poisson(), l2(1.0)), 2), cocoa()),
+            "no dual form.*can: .*lbfgs",
+        ),
+        (lambda: cocoa(codec=int8()), "error_feedback"),
+        (lambda: cocoa(gamma=2.0), "gamma"),
+        (lambda: cocoa(sigma=-1.0), "sigma"),
+        (lambda: LocalSDCA(0), "passes"),
+        (
+            lambda: solve(divide(problem_of(), 2), cocoa(codec=error_feedback(int8()))),
+            "simulated",
+        ),
+        (lambda: divide(problem_of(), 570), "570 workers and 569 rows"),
+        (lambda: divide(problem_of(), features=31), "31 workers and 30 columns"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
