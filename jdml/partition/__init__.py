@@ -4,6 +4,8 @@
 ``samples`` says which of them make up which batch; ``sources`` says where samples come from.
 """
 
+from jdml.partition.choose import Choice as Choice
+from jdml.partition.choose import choose_partition as choose_partition
 from jdml.partition.coordinates import coordinate_blocks as coordinate_blocks
 from jdml.partition.coordinates import safe_damping as safe_damping
 from jdml.partition.coordinates import separability as separability
