@@ -8,3 +8,6 @@ has divided. Solvers of ``jdml.optimize`` that take whole passes need nothing of
 from jdml.aggregate.linear.cocoa import LocalSDCA as LocalSDCA
 from jdml.aggregate.linear.cocoa import LocalSDNA as LocalSDNA
 from jdml.aggregate.linear.cocoa import cocoa as cocoa
+from jdml.aggregate.linear.consensus import consensus as consensus
+from jdml.aggregate.linear.newton import dane as dane
+from jdml.aggregate.linear.newton import giant as giant
