@@ -68,7 +68,7 @@ class LinearProblem:
         self.intercept = bool(intercept)
         dtype = self.rows.dtype if loss.num_outputs is None else np.int32
         self.y = jnp.asarray(labels.astype(dtype))
-        weight = _sample_weight(sample_weight, n)
+        weight = checked_sample_weight(sample_weight, n)
         if class_weight is not None:
             weight = weight * _class_weight(class_weight, labels)
             if not weight.any():
@@ -173,7 +173,8 @@ def _times(weights: jax.Array, v: jax.Array) -> jax.Array:
     return weights.reshape(weights.shape + (1,) * (v.ndim - 1)) * v
 
 
-def _sample_weight(weight: npt.ArrayLike | None, n: int) -> np.ndarray:
+def checked_sample_weight(weight: npt.ArrayLike | None, n: int) -> np.ndarray:
+    """Weights of n rows in f64, ones for None; raises ``ValueError`` for any that are no weights."""
     if weight is None:
         return np.ones(n)
     found = np.asarray(weight)
@@ -190,7 +191,7 @@ def _sample_weight(weight: npt.ArrayLike | None, n: int) -> np.ndarray:
             f"sample_weight of rows {', '.join(map(str, bad[:10]))} is not a number >= 0."
         )
     if not found.any():
-        raise ValueError("sample_weight is 0 for all rows; expected some above 0.")
+        raise ValueError("sample_weight is zero for all rows; expected some above 0.")
     return found
 
 

@@ -96,7 +96,7 @@ def test_is_a_pytree_that_is_compiled_once():
         ({"y": (Y + 1) // 2}, "labels 0, 1"),
         ({"sample_weight": S[:3]}, r"sample_weight has shape \(3,\)"),
         ({"sample_weight": -S}, "rows 0, 1, 2"),
-        ({"sample_weight": np.zeros(20)}, "0 for all rows"),
+        ({"sample_weight": np.zeros(20)}, "zero for all rows"),
         ({"sample_weight": np.full(20, "a")}, "expected numbers"),
         ({"class_weight": {2: 1.0}}, r"names \[2\]"),
         ({"class_weight": "even"}, "balanced"),
