@@ -10,6 +10,7 @@ so that a sample can be taken by itself; with rows packed by columns too, each i
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,12 @@ LINES = 8
 
 FEW_ROWS = 64
 """A group of fewer rows joins a wider one if that costs little, and is reduced row by row."""
+
+AT_A_TIME = 2**16
+"""Elements of a group that are packed at a time: their indices stay in the cache."""
+
+ALIGNMENT = 64
+"""Bytes: XLA uses memory that starts at a multiple of these as it is."""
 
 
 def same(w: jax.Array) -> jax.Array:
@@ -145,37 +152,70 @@ def gather(w: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def pack(matrix: scipy.sparse.csr_array) -> Packed:
-    """Packs a CSR matrix on the host; its entries must be finite and given once."""
+    """Packs a CSR matrix on the host, as NumPy arrays; its entries must be finite and given once.
+
+    The large ones lie where ``jax.device_put`` on a CPU takes them without a copy: write to none.
+    """
     counts = np.diff(matrix.indptr).astype(np.int64)
     widths = _joined(group_width(counts))
-    order = np.argsort(widths, kind="stable")
-    places = np.empty(len(order), np.int32)
-    places[order] = np.arange(len(order), dtype=np.int32)
     most = int(counts.max())
-    columns = np.concatenate([matrix.indices.astype(np.int32), np.zeros(most, np.int32)])
-    values = np.concatenate([matrix.data, np.zeros(most, matrix.dtype)])
-    groups = []
-    for width in np.unique(widths):
-        rows = np.flatnonzero(widths == width)
-        lines = np.arange(width)[:, None]
-        there = lines < counts[rows]
-        at = np.where(there, matrix.indptr[rows] + lines, 0)
-        groups.append(
-            (
-                jnp.asarray(np.where(there, columns[at], 0)),
-                jnp.asarray(np.where(there, values[at], 0).astype(matrix.dtype)),
-            )
-        )
+    columns = _with_zeros(matrix.indices, most, np.int32)
+    values = _with_zeros(matrix.data, most, matrix.dtype)
+    members = [np.flatnonzero(widths == width) for width in _kinds(widths)]
+    places = np.empty(len(counts), np.int32)
+    places[np.concatenate(members)] = np.arange(len(counts), dtype=np.int32)
+    starts = matrix.indptr[:-1].astype(np.intp)
+    groups = [
+        _group(int(width), starts[rows], counts[rows], columns, values, matrix.nnz)
+        for width, rows in zip(_kinds(widths), members, strict=True)
+    ]
     index = np.int32 if len(values) < 2**31 else np.int64
     return Packed(
-        jnp.asarray(columns),
-        jnp.asarray(values),
-        jnp.asarray(matrix.indptr[:-1].astype(index)),
-        jnp.asarray(counts.astype(np.int32)),
-        jnp.asarray(places),
-        tuple(groups),
+        columns,  # type: ignore[arg-type]
+        values,  # type: ignore[arg-type]
+        starts.astype(index),
+        counts.astype(np.int32),
+        places,
+        tuple(groups),  # type: ignore[arg-type]
         most,
     )
+
+
+def _group(
+    width: int,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    columns: np.ndarray,
+    values: np.ndarray,
+    zero: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(columns, values)``, ``[width, rows]``, of rows that start there; at ``zero`` are zeros."""
+    rows = len(starts)
+    of_group = _aligned((width, rows), columns.dtype), _aligned((width, rows), values.dtype)
+    some = max(1, AT_A_TIME // rows)
+    for first in range(0, width, some):
+        lines = np.arange(first, min(first + some, width))[:, None]
+        at = starts + lines
+        np.copyto(at, zero, where=lines >= counts)
+        for source, found in zip((columns, values), of_group, strict=True):
+            # All are there; "clip" writes straight to out.
+            np.take(source, at, out=found[first : first + some], mode="clip")
+    return of_group
+
+
+def _with_zeros(v: np.ndarray, number: int, dtype: Any) -> np.ndarray:
+    """A copy, with this many zeros at its end."""
+    found = _aligned((len(v) + number,), dtype)
+    found[: len(v)], found[len(v) :] = v, 0
+    return found
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Empty, and starting where XLA wants it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _group_product(columns: jax.Array, values: jax.Array, w: jax.Array) -> jax.Array:
@@ -212,9 +252,13 @@ def group_width(counts: np.ndarray) -> np.ndarray:
 def _joined(widths: np.ndarray) -> np.ndarray:
     """Groups of few rows put to the next wider one, if that stores at most a fiftieth more."""
     widths, stored = widths.copy(), widths.sum()
-    found = np.unique(widths)
-    for width, wider in itertools.pairwise(found):
+    for width, wider in itertools.pairwise(_kinds(widths)):
         rows = np.flatnonzero(widths == width)
         if len(rows) < FEW_ROWS and len(rows) * (wider - width) <= stored / 50:
             widths[rows] = wider
     return widths
+
+
+def _kinds(widths: np.ndarray) -> np.ndarray:
+    """Those that occur, in order."""
+    return np.flatnonzero(np.bincount(widths))

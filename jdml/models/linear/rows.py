@@ -221,16 +221,17 @@ def as_rows(x: Any, name: str = "X") -> Rows:
     if scipy.sparse.issparse(x):
         matrix = scipy.sparse.csr_array(x)
         _check_shape(matrix.shape, name)
-        matrix = matrix.astype(float_dtype(matrix.dtype, name))
-        if not matrix.has_canonical_format:
+        matrix = matrix.astype(float_dtype(matrix.dtype, name), copy=False)
+        if not matrix.has_canonical_format or np.count_nonzero(matrix.data) < matrix.nnz:
+            matrix = matrix.copy()  # what follows works in place, and x is the caller's
             matrix.sum_duplicates()
-        matrix.eliminate_zeros()
+            matrix.eliminate_zeros()
         bad = ~np.isfinite(matrix.data)
         if bad.any():
             number_of = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
             _refuse_rows(np.unique(number_of[bad]), name)
         by_column = scipy.sparse.csr_array(matrix.T)
-        return Sparse(pack(matrix), pack(by_column), matrix.shape)
+        return jax.device_put(Sparse(pack(matrix), pack(by_column), matrix.shape))
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
     _check_shape(x.shape, name)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from jdml.models.linear import packed as packed_module
 from jdml.models.linear import rows as rows_module
 from jdml.models.linear.rows import Dense, Sparse, as_rows
 
@@ -132,6 +133,26 @@ def test_entries_given_twice_are_summed_and_dtypes_kept():
     assert as_rows(np.eye(2, dtype=int)).dtype == np.float64
     given = Dense(jnp.ones((2, 2)))
     assert as_rows(given) is given
+
+
+def test_the_matrix_given_is_not_written_to_nor_kept():
+    entries = np.array([0.0, 2.0, 3.0, 4.0]), np.array([3, 1, 1, 0]), np.array([0, 3, 4])
+    untidy = scipy.sparse.csr_array(tuple(e.copy() for e in entries), shape=(2, 5))
+    tidy = scipy.sparse.csr_array(np.diag([5.0, 0, 7]))
+    of_untidy, of_tidy = as_rows(untidy), as_rows(tidy)
+    for now, before in zip((untidy.data, untidy.indices, untidy.indptr), entries, strict=True):
+        np.testing.assert_array_equal(now, before)
+    untidy.data[:], tidy.data[:] = -1, -1
+    np.testing.assert_array_equal(of_untidy.matvec(np.ones(5)), [5.0, 4.0])
+    np.testing.assert_array_equal(of_tidy.matvec(np.ones(3)), [5.0, 0.0, 7.0])
+    np.testing.assert_array_equal(of_tidy.rmatvec(np.ones(3)), [5.0, 0.0, 7.0])
+
+
+def test_groups_packed_piece_by_piece_are_the_same(monkeypatch):
+    matrix = scipy.sparse.random_array((300, 90), density=0.3, rng=np.random.default_rng(5))
+    whole = as_rows(matrix)
+    monkeypatch.setattr(packed_module, "AT_A_TIME", 700)
+    jax.tree.map(np.testing.assert_array_equal, as_rows(matrix), whole)
 
 
 def test_f64_wants_a_session_that_has_it():
