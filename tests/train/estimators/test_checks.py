@@ -21,19 +21,15 @@ from jdml.train.estimators import (
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
-ESTIMATORS = [
-    LinearRegression(),
-    Ridge(),
-    Lasso(alpha=0.1),
-    ElasticNet(alpha=0.1),
-    PoissonRegressor(),
-    LogisticRegression(),
-    LinearSVC(),
-]
 
-
-@parametrize_with_checks(ESTIMATORS)
+@parametrize_with_checks([Ridge(), Lasso(alpha=0.1), LogisticRegression(), LinearSVC()])
 def test_scikit_learns_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([LinearRegression(), ElasticNet(alpha=0.1), PoissonRegressor()])
+def test_scikit_learns_checks_of_their_kin(estimator, check):
     check(estimator)
 
 

@@ -58,7 +58,7 @@ def test_dual_methods_fit_an_intercept_of_centred_columns(solver):
 
 @pytest.mark.parametrize(
     "estimator",
-    [Ridge(), Lasso(0.1), LogisticRegression(), LinearSVC(loss="hinge", tol=1e-12)],
+    [Lasso(0.1), LogisticRegression(), LinearSVC(loss="hinge", tol=1e-12)],
     ids=str,
 )
 def test_sparse_rows_give_the_same(two, estimator):

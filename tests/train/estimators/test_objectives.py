@@ -153,6 +153,7 @@ def test_objective_in_f64(case):
     assert ours == pytest.approx(theirs, rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_objective_in_f32(case):
     ours, theirs = objectives(case, np.float32)
