@@ -176,9 +176,11 @@ def cut(
       grid: ``(S, F)``; F divides ``num_columns``.
       mesh, axes: As :class:`Divided`.
     """
-    blocks = (_cut_dense if isinstance(rows, Dense) else _cut_sparse)(
-        rows, places, num_columns, grid[1]
-    )
+    blocks: Dense | Sparse
+    if isinstance(rows, Dense):
+        blocks = _cut_dense(rows, places, num_columns, grid[1])
+    else:
+        blocks = _cut_sparse(rows, places, num_columns, grid[1])
     if mesh is not None:
         blocks = jax.device_put(blocks, NamedSharding(mesh, P(*axes)))
     else:
@@ -247,15 +249,6 @@ def pack_alike(matrices: Sequence[scipy.sparse.csr_array]) -> Packed:
                 )
             )
         starts = matrix.indptr[:-1].astype(np.int32 if length < 2**31 else np.int64)
-        packed.append(
-            Packed(
-                columns,  # type: ignore[arg-type]
-                values,  # type: ignore[arg-type]
-                starts,
-                counts.astype(np.int32),
-                places,
-                tuple(groups),
-                most,
-            )
-        )
+        leaves: Any = columns, values, starts, counts.astype(np.int32), places, tuple(groups)
+        packed.append(Packed(*leaves, most))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)

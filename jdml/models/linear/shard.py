@@ -56,7 +56,8 @@ def shard_problem(
     if isinstance(problem.rows, Sparse):
         return _divided(problem, "shard_problem", grid, mesh, (samples, features), None)
     places, num_columns = _layout("shard_problem", problem, grid, None)
-    x = np.asarray(problem.rows.x)  # type: ignore[union-attr]
+    dense: Any = problem.rows
+    x = np.asarray(dense.x)
     x = np.pad(x, ((0, 0), (0, num_columns - x.shape[1])))
     order = places.ravel()
     x = np.where((order >= 0)[:, None], x[order], 0)
