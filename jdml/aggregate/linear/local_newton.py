@@ -19,7 +19,7 @@ class _At(NamedTuple):
     margins: jax.Array
     value: jax.Array
     gradient: jax.Array
-    count: jax.Array
+    num_steps: jax.Array
 
 
 def own_problem(
@@ -62,9 +62,9 @@ def minimise(
     def value_at(x: jax.Array, margins: jax.Array) -> jax.Array:
         return own.loss_at(margins) + jnp.vdot(linear, x) + jnp.vdot(quadratic * x, x) / 2
 
-    def at(x: jax.Array, margins: jax.Array, count: jax.Array) -> _At:
+    def at(x: jax.Array, margins: jax.Array, num_steps: jax.Array) -> _At:
         pulled, _ = ravel_pytree(own.pull(own.slopes(margins)))
-        return _At(x, margins, value_at(x, margins), pulled + linear + quadratic * x, count)
+        return _At(x, margins, value_at(x, margins), pulled + linear + quadratic * x, num_steps)
 
     def step(here: _At) -> _At:
         matrix = own.hessian(here.margins) + jnp.diag(quadratic)
@@ -80,7 +80,7 @@ def minimise(
 
         first = jnp.ones((), start.dtype), jnp.zeros((), jnp.int32)
         t, _ = jax.lax.while_loop(too_far, lambda c: (c[0] / 2, c[1] + 1), first)
-        return at(here.x + t * direction, here.margins + t * moved, here.count + 1)
+        return at(here.x + t * direction, here.margins + t * moved, here.num_steps + 1)
 
     first = at(start, own.margins(unravel(start)), jnp.zeros((), jnp.int32))
     enough = accuracy * jnp.linalg.norm(first.gradient)
@@ -88,7 +88,7 @@ def minimise(
 
     def unfinished(here: _At) -> jax.Array:
         size = jnp.linalg.norm(here.gradient)
-        return (size > jnp.maximum(enough, floor)) & (here.count < MOST_STEPS)
+        return (size > jnp.maximum(enough, floor)) & (here.num_steps < MOST_STEPS)
 
     return jax.lax.while_loop(unfinished, step, first).x
 

@@ -250,5 +250,5 @@ def pack_alike(matrices: Sequence[scipy.sparse.csr_array]) -> Packed:
             )
         starts = matrix.indptr[:-1].astype(np.int32 if length < 2**31 else np.int64)
         leaves: Any = columns, values, starts, counts.astype(np.int32), places, tuple(groups)
-        packed.append(Packed(*leaves, most))
+        packed.append(Packed(*leaves, most))  # type: ignore[call-arg]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)

@@ -174,7 +174,7 @@ def _times(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def checked_sample_weight(weight: npt.ArrayLike | None, n: int) -> np.ndarray:
-    """Weights of n rows in f64, ones for None; raises ``ValueError`` for any that are no weights."""
+    """Weights of n rows in f64, ones for None; ``ValueError`` for any that are no weights."""
     if weight is None:
         return np.ones(n)
     found = np.asarray(weight)
