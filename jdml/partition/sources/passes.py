@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -73,7 +74,8 @@ def pass_line(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
-        task = bar.add_task(title or stream.name, total=stream.shape[0])
+        # A whole path would leave the count no room.
+        task = bar.add_task(title or Path(stream.name).name, total=stream.shape[0])
         yield lambda chunk: bar.advance(task, len(chunk.labels))
 
 

@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -179,7 +180,7 @@ class StreamedRows:
             if number == 0:
                 self.num_passes += 1
                 self._bar.close()
-                title = f"{self.stream.name}, pass {self.num_passes}"
+                title = f"{Path(self.stream.name).name}, pass {self.num_passes}"
                 line = pass_line(self.stream, self._progress, title)
                 self._show = self._bar.enter_context(line)
             self._show(chunk)

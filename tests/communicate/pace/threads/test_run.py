@@ -210,6 +210,15 @@ def test_evaluations_and_times():
     np.testing.assert_array_equal(seen[-1], server.params["w"])
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests run in the background and it would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_run_and_it_may_go_on():
     server = Server(start(), Rule(synchronous(), average()), K)
     workers = sgd_workers(Quadratic(K), K)
