@@ -42,8 +42,8 @@ def shard_problem(
       features: Axis of the columns; one of both at least.
 
     Raises:
-      ValueError: an axis is not the mesh's, more workers than rows or columns, or columns of zeros
-        under a penalty that does not hold their coordinates at 0.
+      ValueError: an axis is not the mesh's, or the mesh has others; more workers than rows or
+        columns; columns of zeros under a penalty that does not hold their coordinates at 0.
     """
     grid = tuple(1 if axis is None else _size(mesh, axis) for axis in (samples, features))
     if samples is None and features is None:
@@ -53,6 +53,13 @@ def shard_problem(
         )
     if samples == features:
         raise ValueError(f"shard_problem: samples and features are both {samples!r}.")
+    idle = [a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in (samples, features)]
+    if idle:
+        # L-BFGS was seen to wait for ever on 4 × 2 simulated devices, two copies of each worker.
+        raise ValueError(
+            f"shard_problem: the mesh's axes {idle} divide neither samples nor features; expected "
+            "a mesh of those that do, such as make_mesh({'data': 4}, devices=jax.devices()[:4])."
+        )
     if isinstance(problem.rows, Sparse):
         return _divided(problem, "shard_problem", grid, mesh, (samples, features), None)
     places, num_columns = _layout("shard_problem", problem, grid, None)

@@ -125,6 +125,7 @@ def test_parts_of_samples_are_taken_as_they_are():
     [
         (lambda p: shard_problem(p, mesh_of(data=2)), "neither samples nor features"),
         (lambda p: shard_problem(p, mesh_of(data=2), "rows"), "no axis 'rows'"),
+        (lambda p: shard_problem(p, mesh_of(data=2, model=2), "data"), r"axes \['model'\] divide"),
         (lambda p: divide(p, "data"), "give the mesh"),
         (lambda p: divide(p, 2, mesh=mesh_of(data=2)), "its axes"),
         (lambda p: divide(p, 0), "at least one"),
