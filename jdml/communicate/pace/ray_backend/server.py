@@ -266,7 +266,7 @@ class RayServer:
                 ticket, hold = laid  # held until the answer is there
                 try:
                     return self._pushed(worker, incarnation, seq, ticket, nbytes, base_version)
-                except Elsewhere:
+                except (Elsewhere, Stale):
                     self._near = False
                 finally:
                     del hold

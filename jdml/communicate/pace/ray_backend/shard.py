@@ -125,6 +125,7 @@ class Shard:
 
         Raises:
           Elsewhere: the ticket is of another machine.
+          Stale: what it stands for is gone.
         """
         server = self._open(worker, incarnation)
         if isinstance(content, Ticket):

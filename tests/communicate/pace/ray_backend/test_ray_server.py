@@ -130,6 +130,24 @@ def test_large_parameters_on_this_machine_and_from_another(session, near):
     assert shelves() == before
 
 
+def test_an_update_whose_shelf_is_gone_goes_through_ray(session):
+    params = {"a": np.zeros(300_000)}
+    server = ray_server(params, Rule(asynchronous(), add()), 1)
+    lay = server._shelf.lay
+
+    def lay_and_lose(content):
+        laid = lay(content)
+        server._shelf.close()
+        return laid
+
+    server._shelf.lay = lay_and_lose
+    line = Connection(server, 0)
+    base = line.pull().version
+    assert line.push(*line.encode({"a": np.ones(300_000)}), base).accepted
+    np.testing.assert_array_equal(server.params["a"], 1.0)
+    server.stop()
+
+
 def shelves():
     return {folder.name for folder in ROOT.glob("jdml-shelf-*")}
 
