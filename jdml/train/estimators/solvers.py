@@ -4,44 +4,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from jdml import optimize
 from jdml.models.linear import Dense, LinearProblem
-from jdml.optimize import (
-    Method,
-    accelerated,
-    coordinate_descent,
-    cyclic_dual_ascent,
-    dual_newton,
-    gradient_descent,
-    lbfgs,
-    newton_cg,
-    newton_cholesky,
-    proximal,
-    quasi_newton,
-    saga,
-    sdca,
-    sdna,
-    svrg,
-)
+from jdml.optimize import Method, coordinate_descent, newton_cg, newton_cholesky, proximal, sdca
 
-SOLVERS: dict[str, Callable[..., Method]] = {
-    factory.__name__: factory
-    for factory in (
-        accelerated,
-        coordinate_descent,
-        cyclic_dual_ascent,
-        dual_newton,
-        gradient_descent,
-        lbfgs,
-        newton_cg,
-        newton_cholesky,
-        proximal,
-        quasi_newton,
-        saga,
-        sdca,
-        sdna,
-        svrg,
-    )
-}
+_NAMES = (
+    *("accelerated", "coordinate_descent", "cyclic_dual_ascent", "dual_newton"),
+    *("gradient_descent", "lbfgs", "newton_cg", "newton_cholesky", "proximal", "quasi_newton"),
+    *("saga", "sdca", "sdna", "svrg"),
+)
+SOLVERS: dict[str, Callable[..., Method]] = {name: getattr(optimize, name) for name in _NAMES}
 """Methods that a name alone makes."""
 
 SMALL = 256
