@@ -235,8 +235,8 @@ def cocoa(
 
     ``Δα_k`` is about what maximises the dual along the worker's samples, the others held, with the
     quadratic term times σ', which makes good what the others do meanwhile. ``gamma=1`` with
-    ``σ' = K`` adds (CoCoA+; rounds depend little on K), ``gamma=None`` is 1/K and averages
-    (CoCoA). With one worker it is SDCA.
+    ``σ' = K`` adds (CoCoA+), ``gamma=None`` is 1/K and averages (CoCoA), in more rounds where there
+    are many workers: ``benchmarks/cocoa.py``. With one worker it is SDCA.
 
     Args:
       gamma: In (0, 1]; None for 1/K.
