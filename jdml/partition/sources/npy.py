@@ -77,7 +77,9 @@ class NpyRows:
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start + start * self._row_bytes)
-            view = memoryview(rows.reshape(-1).view(np.uint8))
+            # On Python 3.11 NumPy's arrays are not typed as buffers.
+            raw: Any = rows.reshape(-1).view(np.uint8)
+            view = memoryview(raw)
             while view:
                 got = file.readinto(view)
                 if not got:
