@@ -20,14 +20,16 @@ from jdml.sharding.fit import axes_of, fit, require_auto
 from jdml.sharding.rules import OnIndivisible, Rules, entry_of
 
 
-class _Context(NamedTuple):
+class Context(NamedTuple):
+    """What ``use_rules`` was given, with the rules as activations see them."""
+
     mesh: Mesh | None
     rules: Rules
     hide: frozenset[str]
 
 
 _context = jax.make_user_context(None)
-_NO_MESH = _Context(None, Rules(), frozenset())
+_NO_MESH = Context(None, Rules(), frozenset())
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def use_rules(mesh: Mesh, rules: Rules, hide: Iterable[str] = ()) -> Iterator[No
       hide: mesh axes that are mapped already (``vmap(spmd_axis_name=...)``): dropped from specs.
     """
     require_auto(mesh)
-    context = _Context(mesh, rules.activations, frozenset(hide))
+    context = Context(mesh, rules.activations, frozenset(hide))
     unknown = context.hide - set(mesh.axis_names)
     if unknown:
         raise ValueError(
@@ -75,14 +77,8 @@ def constrain(x: jax.Array, *names: Any) -> jax.Array:
       ValueError: outside ``use_rules`` and ``no_mesh``, for a wrong number of names, an unknown
         name, an axis used twice, or a dim that its axes do not divide.
     """
-    context = _context.value
     where = f"constrain{names}"
-    if context is None:
-        raise ValueError(
-            f"{where}: no rules are in force; wrap the call in use_rules(mesh, rules), or in "
-            "no_mesh() if no mesh is meant"
-        )
-    mesh, rules, hide = context
+    mesh, rules, hide = current_context(where)
     if len(names) != x.ndim:
         raise ValueError(
             f"{where}: {len(names)} names for an array of shape {x.shape}; give one per dim, None "
@@ -94,9 +90,9 @@ def constrain(x: jax.Array, *names: Any) -> jax.Array:
         spec = rules.spec(names, mesh.axis_names)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    manual = _manual_axes()
+    manual = manual_axes()
     policy: OnIndivisible = "replicate" if rules.on_indivisible == "replicate" else "error"
-    spec = fit(where, x.shape, _without(spec, hide | manual), mesh, policy)
+    spec = fit(where, x.shape, without(spec, hide | manual), mesh, policy)
     if P.UNCONSTRAINED in spec and manual.issuperset(mesh.axis_names):
         return x  # no axis is left to leave to the partitioner, and JAX refuses to
     try:
@@ -111,7 +107,19 @@ def constrain(x: jax.Array, *names: Any) -> jax.Array:
         ) from None
 
 
-def _manual_axes() -> frozenset[str]:
+def current_context(where: str) -> Context:
+    """What the rules around a call are; ``ValueError``, naming ``where``, if there are none."""
+    context = _context.value
+    if context is None:
+        raise ValueError(
+            f"{where}: no rules are in force; wrap the call in use_rules(mesh, rules), or in "
+            "no_mesh() if no mesh is meant"
+        )
+    return context
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes over which a surrounding ``shard_map`` is manual."""
     mesh = jax.sharding.get_abstract_mesh()
     return frozenset(
         name
@@ -120,7 +128,8 @@ def _manual_axes() -> frozenset[str]:
     )
 
 
-def _without(spec: P, hidden: frozenset[str]) -> P:
+def without(spec: P, hidden: frozenset[str]) -> P:
+    """The spec with these axes left out."""
     if not hidden:
         return spec
     return P(
