@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdml.communicate import Wire
-from jdml.sharding import Rules, optimizer_specs, use_rules
+from jdml.sharding import Rules, optimizer_specs, use_rules, zero_specs
 from jdml.sharding.fit import axes_of, num_parts
 from jdml.sharding.paths import leaves_with_paths
 from jdml.train.gradients import Mapping, Metrics, gradients_of, over_workers
@@ -20,6 +20,7 @@ from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shape
 from jdml.train.validate import Axis, check_batch, check_params, check_specs, spec_leaves
 
 PyTree = Any
+Zero = Literal[0, 1, 2, 3]
 
 
 @dataclasses.dataclass
@@ -27,7 +28,7 @@ class StepProgram:
     """What ``make_step`` was given, and the functions that are traced from it.
 
     ``flags`` (True for a leaf with a worker dim) and ``param_specs`` are known once :meth:`plan`
-    has run.
+    has run, and so are ``divided_specs``, which ``zero`` makes of them.
     """
 
     loss_fn: Callable[..., tuple[jax.Array, Any]]
@@ -37,11 +38,13 @@ class StepProgram:
     specs: PyTree | None
     rules: Rules | None
     batch_axes: tuple[str, ...]
+    zero: Zero
     accumulate: int
     model_state: Literal["mean", "local"] | None
     mapping: Mapping
     flags: TrainState | None = dataclasses.field(default=None, init=False)
     param_specs: PyTree = dataclasses.field(default=None, init=False)
+    divided_specs: PyTree = dataclasses.field(default=None, init=False)
     _storage: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,8 +65,14 @@ class StepProgram:
             )
         given = jax.tree.map(_spec_of_array, params) if self.specs is None else self.specs
         self.param_specs = check_specs(params, given, self.mesh, self.workers)
+        self.divided_specs = self.param_specs
+        if self.zero:
+            for axis in self.batch_axes:
+                self.divided_specs = zero_specs(params, self.divided_specs, self.mesh, axis)
+        if self.zero == 3:
+            self.param_specs = self.divided_specs
         paths = [path for path, _ in leaves_with_paths(params)]
-        self.wire_specs = tuple(zip(paths, spec_leaves(self.param_specs), strict=True))
+        self.wire_specs = tuple(zip(paths, spec_leaves(self.divided_specs), strict=True))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
         def update(gradients: PyTree, params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
@@ -88,7 +97,7 @@ class StepProgram:
         state_specs = TrainState(
             step=PartitionSpec(),
             params=self.param_specs,
-            opt_state=optimizer_specs(opt_state, shapes, self.param_specs, mesh=self.mesh),
+            opt_state=optimizer_specs(opt_state, shapes, self.divided_specs, mesh=self.mesh),
             model_state=jax.tree.map(lambda _: PartitionSpec(), model_state),
             key=PartitionSpec(),
         )
@@ -153,7 +162,7 @@ class StepProgram:
         gradients = jax.tree.map(
             lambda g, spec: self.constrain(g, PartitionSpec(self.workers, *spec)),
             gradients,
-            self.param_specs,
+            self.divided_specs if self.zero >= 2 else self.param_specs,
         )
         loss = jnp.mean(losses, axis=0)
         everywhere = jax.tree.map(lambda _: True, gradients)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jdml.sharding import Rules
 from jdml.train.gradients import Mapping, Metrics, default_mapping
-from jdml.train.program import StepProgram
+from jdml.train.program import StepProgram, Zero
 from jdml.train.state import TrainState
 from jdml.train.validate import check_arguments, check_batches, check_steps_per_call
 
@@ -40,6 +40,7 @@ def make_step(
     *,
     rules: Rules | None = None,
     batch_axes: Sequence[str] = (),
+    zero: Zero = 0,
     accumulate: int = 1,
     model_state: Literal["mean", "local"] | None = None,
     mapping: Mapping | None = None,
@@ -75,6 +76,10 @@ def make_step(
         parameters given to ``init``.
       rules: Logical axis rules for the ``constrain`` calls inside ``loss_fn``.
       batch_axes: Further axes over which each worker's samples are divided (``("fsdp",)``).
+      zero: What else is divided over ``batch_axes``, beside what ``specs`` divide: 1, the optimiser
+        state; 2, the gradients too, and the exchange between workers; 3, the parameters too (ZeRO,
+        Rajbhandari et al. 2020). The numbers stay those of 0. With a codec in ``tx``, gradients are
+        summed exactly inside a worker and its devices tell other workers their slices.
       accumulate: Number of micro-batches whose gradients each worker averages before ``tx``.
       model_state: For models that update state without gradients: ``"mean"`` averages it over the
         workers after every step, ``"local"`` keeps each worker's own.
@@ -95,7 +100,7 @@ def make_step(
           worker axis, parameters that are not floating, a batch that the workers do not divide or
         that does not hold ``steps_per_call`` batches.
     """
-    check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping)
+    check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping, zero)
     check_steps_per_call(steps_per_call)
     axis = workers if isinstance(workers, str) or len(workers) > 1 else workers[0]
     program = StepProgram(
@@ -106,6 +111,7 @@ def make_step(
         specs,
         rules,
         tuple(batch_axes),
+        zero,
         accumulate,
         model_state,
         mapping or default_mapping(mesh, axis),

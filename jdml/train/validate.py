@@ -28,6 +28,7 @@ def check_arguments(
     accumulate: int,
     model_state: str | None,
     mapping: str | None,
+    zero: int = 0,
 ) -> None:
     """Checks what ``make_step`` was given besides functions and specs."""
     if isinstance(batch_axes, str):
@@ -53,6 +54,15 @@ def check_arguments(
                 f"make_step: batch_axes={tuple(batch_axes)} names the worker axis {axis!r}, over "
                 "which the batch is divided in any case. Leave it out."
             )
+    if zero not in (0, 1, 2, 3):
+        raise ValueError(f"make_step: zero={zero!r}; expected 0, 1, 2 or 3.")
+    if zero and not batch_axes:
+        raise ValueError(
+            f"make_step: zero={zero} divides over batch_axes, which is empty; the workers' own axis "
+            f"{workers!r} has nothing to divide, for each worker is a whole. Build the mesh with an "
+            "axis inside them (make_mesh({'data': ..., 'fsdp': ...})) and give "
+            "batch_axes=('fsdp',)."
+        )
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(
             f"make_step: accumulate={accumulate!r}; expected an int >= 1, the number of "
