@@ -16,9 +16,7 @@ from tests.train.problems import make_batch, pytree_problem
 WORKERS = {"one worker": {"data": 1, "fsdp": 8}, "two": {"data": 2, "fsdp": 4}}
 CHAINS = {
     "exact": lambda: optax.chain(mean_gradients("data"), optax.adam(1e-2)),
-    "int8": lambda: optax.chain(
-        mean_gradients("data", error_feedback(int8(16))), optax.adam(1e-2)
-    ),
+    "int8": lambda: optax.chain(mean_gradients("data", error_feedback(int8(16))), optax.adam(1e-2)),
     "local": lambda: optax.chain(optax.adam(1e-2), average_params("data", every=2)),
 }
 
@@ -78,9 +76,7 @@ def test_workers_exchange_their_slices():
     for zero in (0, 2):
         state, step = build(mesh, "int8", zero)
         compiled = step.lower(state, make_batch(0)).compile()
-        sent[zero] = sum(
-            c.sent_bytes for c in collectives(compiled, mesh) if c.axes == ("data",)
-        )
+        sent[zero] = sum(c.sent_bytes for c in collectives(compiled, mesh) if c.axes == ("data",))
     assert sent[2] < sent[0] / 2  # 1/4, less what is filled up to a block
 
 
