@@ -25,8 +25,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 # Linux gives a process 65,530 memory maps unless told otherwise. A compiled program takes three for
-# each part that LLVM was given, and whoever asks for one too many ends without a word. At this number
-# the programs hold about 2 GB.
+# each part that LLVM was given, and whoever asks for one too many ends without a word. With this
+# many, the programs hold about 2 GB.
 NUM_MAPS = 20_000
 MAPS = Path("/proc/self/maps")
 _tests = itertools.count(1)

@@ -58,8 +58,8 @@ def check_arguments(
         raise ValueError(f"make_step: zero={zero!r}; expected 0, 1, 2 or 3.")
     if zero and not batch_axes:
         raise ValueError(
-            f"make_step: zero={zero} divides over batch_axes, which is empty; the workers' own axis "
-            f"{workers!r} has nothing to divide, for each worker is a whole. Build the mesh with an "
+            f"make_step: zero={zero} divides over batch_axes, which is empty; over the worker axis "
+            f"{workers!r} nothing is divided, for each worker is a whole. Build the mesh with an "
             "axis inside them (make_mesh({'data': ..., 'fsdp': ...})) and give "
             "batch_axes=('fsdp',)."
         )
