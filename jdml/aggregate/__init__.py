@@ -21,6 +21,7 @@ from jdml.aggregate.ensemble import ensemble as ensemble
 from jdml.aggregate.gossip import GossipState as GossipState
 from jdml.aggregate.gossip import consensus_distance as consensus_distance
 from jdml.aggregate.gossip import gossip as gossip
+from jdml.aggregate.independent_subnets import independent_subnets as independent_subnets
 from jdml.aggregate.mean_gradients import MeanGradientsState as MeanGradientsState
 from jdml.aggregate.mean_gradients import mean_gradients as mean_gradients
 from jdml.aggregate.one_bit_adam import OneBitAdamState as OneBitAdamState

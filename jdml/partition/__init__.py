@@ -19,3 +19,5 @@ from jdml.partition.features import contiguous_features as contiguous_features
 from jdml.partition.features import nonzeros_of_columns as nonzeros_of_columns
 from jdml.partition.label_skew import label_skew as label_skew
 from jdml.partition.samples import Sampler as Sampler
+from jdml.partition.subnets import Subnets as Subnets
+from jdml.partition.subnets import draw_subnets as draw_subnets

@@ -23,7 +23,7 @@ from jdml.partition.sources.stream import Chunk, Stream
 
 @jax.tree_util.register_static
 class StreamedRows:
-    """``X w`` and ``Xᵀ v``, each in one pass over the stream.
+    """``X w``, ``Xᵀ v`` and ``Xᵀ f(X w)``, each in one pass over the stream.
 
     Methods as of ``jdml.models.linear.Dense`` and ``Sparse``, under ``jit`` or without. ``w`` is
     ``[d]`` or ``[d, outputs]``, ``v`` ``[n]`` or ``[n, outputs]``. In memory are two chunks, one of
@@ -75,15 +75,33 @@ class StreamedRows:
 
         def more(i, total):
             x, _ = self._read(i)
-            part = jax.lax.dynamic_slice_in_dim(v, starts[i], most, 0)
-            if not self.stream.sparse:
-                return total + x.T @ part
-            row, column, value = x
-            terms = value.reshape(-1, *(1,) * (v.ndim - 1)) * part[row]
-            return total.at[column].add(terms, mode="promise_in_bounds")
+            return self._pulled(total, x, jax.lax.dynamic_slice_in_dim(v, starts[i], most, 0))
 
         zero = jnp.zeros((self.shape[1], *v.shape[1:]), self.dtype)
         return jax.lax.fori_loop(0, self.stream.num_chunks, more, zero)
+
+    def there_and_back(
+        self, w: jax.Array, f: Callable[..., jax.Array], *of_samples: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """``(Xᵀ v, Σ_i v_i)`` of ``v = f(X w, *of_samples)``, f row by row; one pass, not two.
+
+        Hessian products are of this form. ``of_samples`` are ``[n, …]``; v is as ``X w``.
+        """
+        most, starts = self.stream.most_rows, self._starts()
+        long = [jnp.concatenate((a, jnp.zeros((most, *a.shape[1:]), a.dtype))) for a in of_samples]
+
+        def more(i, totals):
+            pulled, total = totals
+            x, num_rows = self._read(i)
+            own = (jax.lax.dynamic_slice_in_dim(a, starts[i], most, 0) for a in long)
+            v = f(self._product(x, w), *own)
+            there = jnp.arange(most) < num_rows
+            v = jnp.where(there.reshape(-1, *(1,) * (v.ndim - 1)), v, 0)
+            return self._pulled(pulled, x, v), total + jnp.sum(v, axis=0)
+
+        zeros = jnp.zeros((self.shape[1], *w.shape[1:]), self.dtype)
+        first = zeros, jnp.zeros(w.shape[1:], self.dtype)
+        return jax.lax.fori_loop(0, self.stream.num_chunks, more, first)
 
     def squared_norms(self) -> jax.Array:
         """``|x_i|²``, ``[n]``."""
@@ -151,6 +169,14 @@ class StreamedRows:
         terms = value.reshape(-1, *(1,) * (w.ndim - 1)) * w[column]
         zero = jnp.zeros((self.stream.most_rows, *w.shape[1:]), self.dtype)
         return zero.at[row].add(terms, indices_are_sorted=True, mode="promise_in_bounds")
+
+    def _pulled(self, total: jax.Array, x: Any, part: jax.Array) -> jax.Array:
+        """``total + Xᵀ part`` of a chunk."""
+        if not self.stream.sparse:
+            return total + x.T @ part
+        row, column, value = x
+        terms = value.reshape(-1, *(1,) * (part.ndim - 1)) * part[row]
+        return total.at[column].add(terms, mode="promise_in_bounds")
 
     def _read(self, number: Any) -> tuple[Any, Any]:
         """``(x, num_rows)`` of :class:`Padded`, in the program."""
