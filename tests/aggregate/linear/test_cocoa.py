@@ -61,7 +61,11 @@ def test_one_worker_is_sdca(sparse):
 
 
 @pytest.mark.parametrize("loss", [logistic(), hinge(), smoothed_hinge(0.5)], ids=str)
-@pytest.mark.parametrize("method", [cocoa(), cocoa(gamma=None)], ids=["adding", "averaging"])
+@pytest.mark.parametrize(
+    "method",
+    [cocoa(), cocoa(gamma=None), cocoa(sigma="measured")],
+    ids=["adding", "averaging", "measured"],
+)
 def test_simulated_workers_raise_the_dual_every_round(method, loss):
     found = run(divide(problem_of(loss), 8), method, 40).history
     dual = found.values - found.certificates
@@ -70,10 +74,42 @@ def test_simulated_workers_raise_the_dual_every_round(method, loss):
     assert found.certificates[-1] < 0.2 * found.certificates[0]
 
 
-def test_a_mesh_does_what_is_simulated():
+def test_a_measured_sigma_is_the_quotient_of_the_round():
+    # Workers with the same rows, who solve their subproblems, want the same change: c = K. Workers
+    # with columns of their own do not meet: c = 1, and from then on each does what it would alone.
+    x, y = data("diabetes")
+    n = len(x)
+    method = cocoa(sigma="measured", local=LocalSDNA(n))
+    for rows, expected in (
+        (np.tile(x, (3, 1)), 3.0),
+        (np.kron(np.eye(3), x), 1.0),
+    ):
+        problem = LinearProblem(rows, np.tile(y, 3), squared(), l2(LAM))
+        found = run(divide(problem, 3), method, 2)
+        np.testing.assert_allclose(found.state.sigma, expected, rtol=1e-7)
+    alone = LinearProblem(x, y, squared(), l2(3 * LAM))
+    least = solve(alone, newton_cholesky(), 1e-10, progress=False).value
+    assert found.value == pytest.approx(least, rel=1e-9)
+
+
+def test_rounds_grow_by_at_most_two_with_a_measured_sigma():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(1600, 400)) / 20
+    y = np.where(x @ random.normal(size=400) > 0, 1.0, -1.0)
+    problem = LinearProblem(x, y, logistic(), l2(1e-3))
+    alone, measured, safe = (
+        run(divide(problem, num), cocoa(sigma=sigma), 200, 1e-4).num_steps
+        for num, sigma in ((1, None), (16, "measured"), (16, None))
+    )
+    assert measured <= 2 * alone
+    assert safe > 2 * measured
+
+
+@pytest.mark.parametrize("method", [cocoa(), cocoa(sigma="measured")], ids=["safe", "measured"])
+def test_a_mesh_does_what_is_simulated(method):
     problem = problem_of(hinge(), sparse=True)
-    simulated = run(divide(problem, 4), cocoa(), 3)
-    placed = run(divide(problem, "data", mesh=mesh_of(4)), cocoa(), 3)
+    simulated = run(divide(problem, 4), method, 3)
+    placed = run(divide(problem, "data", mesh=mesh_of(4)), method, 3)
     np.testing.assert_allclose(placed.state.alpha, simulated.state.alpha, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(placed.params.w, simulated.params.w, rtol=1e-9, atol=1e-12)
 
@@ -89,13 +125,18 @@ def test_the_optimum_of_scikit_learn(num):
     assert found.value == pytest.approx(least, rel=1e-8)
 
 
-def test_bytes_of_a_round():
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [(cocoa(), 30), (cocoa(sigma="measured"), 30 + 1)],
+    ids=["safe", "measured"],
+)
+def test_bytes_of_a_round(method, numbers):
     mesh = mesh_of(4)
     problem = divide(problem_of(), "data", mesh=mesh)
-    state = cocoa().init(problem, problem.init())
-    compiled = jax.jit(cocoa().step).lower(problem, state).compile()
+    state = method.init(problem, problem.init())
+    compiled = jax.jit(method.step).lower(problem, state).compile()
     sent = bytes_per_axis(collectives(compiled, mesh))
-    assert sent == {("data",): 2 * 3 * 30 * 8 // 4}
+    assert sent == {("data",): 2 * 3 * numbers * 8 // 4}
 
 
 def test_a_codec_sends_fewer_bytes_and_the_certificate_stays_exact():
@@ -124,6 +165,9 @@ def test_a_codec_sends_fewer_bytes_and_the_certificate_stays_exact():
         (lambda: cocoa(codec=int8()), "error_feedback"),
         (lambda: cocoa(gamma=2.0), "gamma"),
         (lambda: cocoa(sigma=-1.0), "sigma"),
+        (lambda: cocoa(sigma="estimate"), "measured"),
+        (lambda: cocoa(gamma=None, sigma="measured"), "expected gamma=1"),
+        (lambda: cocoa(sigma="measured", codec=error_feedback(int8())), "no codec"),
         (lambda: LocalSDCA(0), "passes"),
         (
             lambda: solve(divide(problem_of(), 2), cocoa(codec=error_feedback(int8()))),
