@@ -279,7 +279,8 @@ def cocoa(
     et al., "Adding vs. Averaging in Distributed Primal-Dual Optimization", 2015, whose bound
     ``σ'_min = γ max_α |Σ_k X_kᵀ α_k|² / Σ_k |X_kᵀ α_k|²`` is what "measured" replaces by the
     quotient of the round (where each worker has d independent rows, the maximum is K); Smith et
-    al., "CoCoA: A General Framework for Communication-Efficient Distributed Optimization", JMLR 2018.
+    al., "CoCoA: A General Framework for Communication-Efficient Distributed Optimization", JMLR
+    2018.
     """
     if gamma is not None and not 0 < gamma <= 1:
         raise ValueError(f"cocoa(gamma={gamma}): expected a number in (0, 1], or None for 1/K.")
