@@ -18,7 +18,7 @@ from jdml.sharding.mesh import make_mesh
 from jdml.sharding.optimizer import gradient_specs, optimizer_specs, zero_specs
 from jdml.sharding.overlap import ASYNCHRONOUS_ON_TPU, Overlap, overlap, program_flops
 from jdml.sharding.place import init, lower_init, shard, shardings, unpad
-from jdml.sharding.rules import Rules, infer_fsdp
+from jdml.sharding.rules import Rules, Without, infer_fsdp
 from jdml.sharding.snapshot import assert_matches_snapshot
 from jdml.sharding.specs import specs
 
@@ -29,6 +29,7 @@ __all__ = [
     "Host",
     "Overlap",
     "Rules",
+    "Without",
     "assert_matches_snapshot",
     "barrier",
     "broadcast_from_first",

@@ -22,6 +22,18 @@ Names = tuple[Any, ...]
 OnIndivisible = Literal["error", "replicate", "pad"]
 
 
+class Without(NamedTuple):
+    """A dim's name in ``constrain``: the axes of ``name`` that do not divide ``other``.
+
+    Sequence parallelism divides positions over the axis that divides heads and hidden units inside
+    the layers; ``constrain(hidden, "batch", Without("seq", "mlp"), "mlp")`` then leaves the
+    positions whole there, and divided wherever they have an axis of their own.
+    """
+
+    name: str
+    other: str
+
+
 class InferFSDP(NamedTuple):
     """How leaves without names are divided: their largest dim that ``axis`` divides."""
 
@@ -149,12 +161,16 @@ class Rules:
             f"{name}=<mesh axis> to the rules, or {name}=None to leave the dim whole"
         )
 
+    def _axes(self, name: str, mesh_axes: Iterable[str]) -> tuple[str, ...]:
+        axis = self.axis(name, mesh_axes)
+        return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
     def spec(self, names: Iterable[Any], mesh_axes: Iterable[str] = ()) -> P:
         """The ``PartitionSpec`` of an array whose dims have these names.
 
         Args:
           names: one entry per dim: a name, a tuple of names (the dim is divided by all their
-            axes), or None (whole).
+            axes), ``Without(name, other)``, or None (whole).
           mesh_axes: axes of the mesh, which names outside the rules may stand for.
 
         Raises:
@@ -168,10 +184,13 @@ class Rules:
                 entries.append(name)
                 continue
             axes: list[str] = []
+            if isinstance(name, Without):
+                taken = self._axes(name.other, mesh_axes)
+                axes += [axis for axis in self._axes(name.name, mesh_axes) if axis not in taken]
+                name = None
             for part in name if isinstance(name, (tuple, list)) else (name,):
                 if part is not None:
-                    axis = self.axis(part, mesh_axes)
-                    axes += () if axis is None else (axis,) if isinstance(axis, str) else axis
+                    axes += self._axes(part, mesh_axes)
             for axis in axes:
                 if axis in used:
                     raise ValueError(

@@ -21,6 +21,9 @@ TINY = TransformerConfig(
     max_seq_len=64,
 )
 
+# Options that say which parameters there are.
+FORMS = ("norm", "positions", "mlp", "bias", "tie_embeddings")
+
 
 @functools.cache
 def _params(config: TransformerConfig):
@@ -36,7 +39,7 @@ def make():
         config = dataclasses.replace(TINY, **changes)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
         # Options of the computation leave the parameters as they are.
-        shapes = {k: v for k, v in changes.items() if k.startswith("num_") or k == "tie_embeddings"}
+        shapes = {k: v for k, v in changes.items() if k.startswith("num_") or k in FORMS}
         return nnx.merge(graphdef, _params(dataclasses.replace(TINY, **shapes)), copy=True)
 
     return build

@@ -24,6 +24,9 @@ from jdml.models import Transformer, TransformerConfig
         ({"norm_epsilon": float("inf")}, "norm_epsilon"),
         ({"dtype": "float16"}, "dtype"),
         ({"remat": "some"}, "remat"),
+        ({"norm": "batch"}, "norm must be one of"),
+        ({"positions": "none"}, "positions"),
+        ({"mlp": "relu"}, "mlp"),
     ],
 )
 def test_config_refuses_what_cannot_be_built(wrong, message):
@@ -32,22 +35,29 @@ def test_config_refuses_what_cannot_be_built(wrong, message):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_num_params_is_the_real_count(tie):
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True},
+        {"norm": "layer", "mlp": "gelu"},
+        {"bias": True},
+    ],
+    ids=str,
+)
+def test_num_params_is_the_real_count(tie, form):
     config = TransformerConfig(
         vocab_size=11, num_layers=3, embed_dim=20, num_heads=6, num_kv_heads=2, head_dim=4,
-        mlp_dim=14, tie_embeddings=tie,
+        mlp_dim=14, tie_embeddings=tie, **form,
     )  # fmt: skip
     shapes = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     assert config.num_params == sum(x.size for x in jax.tree.leaves(shapes))
 
 
-def test_num_params_of_a_published_shape():
-    """Llama 3 8B has 8.03 billion parameters."""
-    llama = TransformerConfig(
-        vocab_size=128_256, num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8,
-        head_dim=128, mlp_dim=14_336, max_seq_len=8192, rope_base=500_000.0,
-    )  # fmt: skip
-    assert llama.num_params == 8_030_261_248
+def test_what_is_not_causal_keeps_no_cache():
+    model = nnx.eval_shape(lambda: Transformer(TransformerConfig(causal=False), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="causal"):
+        model.init_cache(1, 4)
 
 
 def test_config_is_frozen_and_hashable():

@@ -4,7 +4,7 @@ import pickle
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jdml.sharding import Rules, make_mesh, presets, specs
+from jdml.sharding import Rules, Without, make_mesh, presets, specs
 from jdml.sharding.rules import infer_fsdp
 
 
@@ -65,6 +65,23 @@ def test_activations_have_entries_of_their_own():
         rules.spec(("seq",))
     assert rules.activations.spec(("batch", "seq", "embed")) == P("data", "model", None)
     assert rules.replace(embed="model").activations.spec(("embed",)) == P("model")
+
+
+@pytest.mark.parametrize(
+    ("seq", "wanted"),
+    [
+        (None, P("data", None, "model")),
+        ("model", P("data", None, "model")),
+        ("seq", P("data", "seq", "model")),
+        (("seq", "model"), P("data", "seq", "model")),
+    ],
+)
+def test_the_axes_of_a_name_without_those_of_another(seq, wanted):
+    rules = presets.tensor().for_activations(seq=seq).activations
+    assert rules.spec(("batch", Without("seq", "mlp"), "mlp")) == wanted
+    assert rules.spec(("batch", Without("seq", "mlp"), "embed")) == P(*wanted[:2], None)
+    with pytest.raises(ValueError, match="unknown logical name 'mpl'"):
+        rules.spec((Without("seq", "mpl"),))
 
 
 def test_frozen_hashable_and_picklable():

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with rotary positions, with and without a cache.
+"""Grouped-query attention, causal or not, with rotary positions or none, with and without a cache.
 
 Heads come before positions from the projection to the output, so that both products have leading
 batch dims, one contracted dim and no transposed operand. Training repeats keys and values to the
@@ -15,15 +15,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from jdml.models.transformer.config import TransformerConfig
 from jdml.models.transformer.layers import Dense
-from jdml.sharding import constrain
+from jdml.sharding import Without, constrain
 
-# Positions are left to the partitioner inside a block: the axis that divides them between blocks
-# may be the one that divides the heads here.
-_ANY = P.UNCONSTRAINED
+# Inside a layer positions are divided over those axes alone that do not divide its heads: between
+# the layers (``sequence_parallel``) the heads' axis may have them too.
+_POSITIONS = Without("seq", "heads")
 
 
 class Rotary(NamedTuple):
@@ -59,7 +58,7 @@ class LayerCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Projects to queries, keys and values, attends to the past, projects back.
+    """Projects to queries, keys and values, attends, projects back.
 
     Args:
       config: shapes and dtypes.
@@ -73,14 +72,21 @@ class Attention(nnx.Module):
         names = ("embed", "heads", "head_dim")
         kv_names = ("embed", "kv_heads", "head_dim")
         self.group = heads // kv_heads
-        self.query = Dense((embed,), (heads, head), names, rngs.params(), flatten=flatten)
-        self.key = Dense((embed,), (kv_heads, head), kv_names, rngs.params(), flatten=flatten)
-        self.value = Dense((embed,), (kv_heads, head), kv_names, rngs.params(), flatten=flatten)
+        self.causal = config.causal
+
+        def into(num: int, names: tuple[str, ...]) -> Dense:
+            outputs, key = (num, head), rngs.params()
+            return Dense((embed,), outputs, names, key, bias=config.bias, flatten=flatten)
+
+        self.query = into(heads, names)
+        self.key = into(kv_heads, kv_names)
+        self.value = into(kv_heads, kv_names)
         self.out = Dense(
             (heads, head),
             (embed,),
             ("heads", "head_dim", "embed"),
             rngs.params(),
+            bias=config.bias,
             scale=1 / math.sqrt(2 * config.num_layers),
             flatten=flatten,
         )
@@ -88,7 +94,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        table: Rotary,
+        table: Rotary | None,
         cache: LayerCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -96,33 +102,38 @@ class Attention(nnx.Module):
 
         Args:
           x: [batch, seq, embed].
-          table: angles of the ``seq`` positions.
-          cache: keys and values of earlier positions; None attends within ``x`` only.
+          table: angles of the ``seq`` positions; None turns nothing.
+          cache: keys and values of earlier positions, which are causal; None attends within ``x``.
           start: int32 scalar, position of ``x[:, 0]`` in the cache.
         """
-        query = rotate(_heads(self.query(x), "heads"), table)
-        key = rotate(_heads(self.key(x), "kv_heads"), table)
+        x = constrain(x, "batch", _POSITIONS, "embed")
+        query, key = _heads(self.query(x), "heads"), _heads(self.key(x), "kv_heads")
+        if table is not None:
+            query, key = rotate(query, table), rotate(key, table)
         value = _heads(self.value(x), "kv_heads")
         if cache is None:
-            mixed = attend(query, _repeat(key, self.group), _repeat(value, self.group))
+            key, value = _repeat(key, self.group), _repeat(value, self.group)
+            mixed = attend(query, key, value, causal=self.causal)
         else:
             cache = LayerCache(
                 jax.lax.dynamic_update_slice_in_dim(cache.keys, key, start, axis=2),
                 jax.lax.dynamic_update_slice_in_dim(cache.values, value, start, axis=2),
             )
             mixed = _attend_grouped(query, cache, start)
-        return self.out(mixed.transpose(0, 2, 1, 3)), cache
+        mixed = constrain(mixed, "batch", "heads", _POSITIONS, "head_dim").transpose(0, 2, 1, 3)
+        return self.out(mixed), cache
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal ``softmax(q kᵀ / sqrt(head_dim)) v`` with the softmax in float32.
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = True) -> jax.Array:
+    """``softmax(q kᵀ / sqrt(head_dim)) v`` with the softmax in float32.
 
     Args:
       query, key, value: [batch, heads, seq, head_dim].
+      causal: a position sees none after it.
     """
     seq = query.shape[2]
-    causal = jnp.tril(jnp.ones((seq, seq), bool))
-    weights = _weights("bhtd,bhsd->bhts", query, key, causal)
+    allowed = jnp.tril(jnp.ones((seq, seq), bool)) if causal else None
+    weights = _weights("bhtd,bhsd->bhts", query, key, allowed)
     return jnp.einsum("bhts,bhsd->bhtd", weights, value)
 
 
@@ -136,15 +147,19 @@ def _attend_grouped(query: jax.Array, cache: LayerCache, start: jax.Array | int)
     return mixed.reshape(query.shape)
 
 
-def _weights(product: str, query: jax.Array, key: jax.Array, allowed: jax.Array) -> jax.Array:
+def _weights(
+    product: str, query: jax.Array, key: jax.Array, allowed: jax.Array | None
+) -> jax.Array:
     scores = jnp.einsum(product, query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(allowed, scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    scores = scores * query.shape[-1] ** -0.5
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
 
 def _heads(x: jax.Array, name: str) -> jax.Array:
     """[batch, seq, heads, head_dim] → [batch, heads, seq, head_dim], divided over the heads."""
-    return constrain(x.transpose(0, 2, 1, 3), "batch", name, _ANY, "head_dim")
+    return constrain(x.transpose(0, 2, 1, 3), "batch", name, _POSITIONS, "head_dim")
 
 
 def _repeat(x: jax.Array, times: int) -> jax.Array:

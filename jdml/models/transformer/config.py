@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Norm = Literal["rms", "layer"]
+Positions = Literal["rotary", "learned"]
+Mlp = Literal["swiglu", "gelu"]
 
 _COUNTS = (
     "vocab_size",
@@ -23,9 +26,10 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
+    """A decoder with grouped-query attention: Llama's parts by default, GPT-2's by four words.
 
-    The defaults are a byte-level model of 0.85 million parameters.
+    ``norm="layer", positions="learned", mlp="gelu", bias=True`` is GPT-2's form. The defaults are a
+    byte-level model of 0.85 million parameters; ``presets`` has published shapes.
 
     Args:
       vocab_size: number of token ids.
@@ -33,11 +37,16 @@ class TransformerConfig:
       embed_dim: width of the residual stream.
       num_heads: query heads.
       num_kv_heads: key and value heads; ``num_heads / num_kv_heads`` queries share one.
-      head_dim: width of a head; even, for rotary positions turn pairs.
-      mlp_dim: width of the SwiGLU hidden layer.
-      max_seq_len: longest sequence accepted, in tokens.
+      head_dim: width of a head; even with rotary positions, which turn pairs.
+      mlp_dim: width of the MLP's hidden layer.
+      max_seq_len: longest sequence accepted, in tokens; rows of the table of learned positions.
+      norm: ``"rms"`` or ``"layer"``, before attention, before the MLP and before the head.
+      positions: ``"rotary"``, in queries and keys; ``"learned"``, a table added to the embedding.
+      mlp: ``"swiglu"``, with a gate; ``"gelu"``, without (the tanh form of GELU).
+      bias: projections and LayerNorm have biases; the head and RMSNorm never do.
+      causal: a position sees itself and those before it; without, all (an encoder).
       rope_base: the slowest pair of a head turns once in about ``2π · rope_base`` positions.
-      norm_epsilon: added to the mean square in RMSNorm.
+      norm_epsilon: added to the mean square in RMSNorm, to the variance in LayerNorm.
       tie_embeddings: the head multiplies by the transposed embedding, and has no kernel.
       dropout: rate after the embedding and on each residual branch, where a key is given.
       dtype: of activations and matrix products; parameters, norms, softmax and loss are float32.
@@ -59,6 +68,11 @@ class TransformerConfig:
     head_dim: int = 32
     mlp_dim: int = 384
     max_seq_len: int = 2048
+    norm: Norm = "rms"
+    positions: Positions = "rotary"
+    mlp: Mlp = "swiglu"
+    bias: bool = False
+    causal: bool = True
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
@@ -78,7 +92,7 @@ class TransformerConfig:
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads="
                 f"{self.num_kv_heads}: each key head serves the same number of query heads"
             )
-        if self.head_dim % 2:
+        if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
                 f"head_dim must be even, for rotary positions turn pairs; got {self.head_dim}"
             )
@@ -91,6 +105,9 @@ class TransformerConfig:
         for name, allowed in (
             ("dtype", ("float32", "bfloat16")),
             ("remat", ("none", "dots", "full")),
+            ("norm", ("rms", "layer")),
+            ("positions", ("rotary", "learned")),
+            ("mlp", ("swiglu", "gelu")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -103,8 +120,13 @@ class TransformerConfig:
     @property
     def num_params(self) -> int:
         """Number of parameters, counted from the shapes."""
-        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
-        mlp = 3 * self.embed_dim * self.mlp_dim
-        norms = 2 * self.embed_dim
-        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.embed_dim
-        return self.num_layers * (attention + mlp + norms) + tables + self.embed_dim
+        embed, bias = self.embed_dim, int(self.bias)
+        attention = 2 * embed * self.head_dim * (self.num_heads + self.num_kv_heads)
+        attention += bias * (self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + embed)
+        hidden = 2 if self.mlp == "swiglu" else 1
+        mlp = (hidden + 1) * embed * self.mlp_dim + bias * (hidden * self.mlp_dim + embed)
+        norm = embed * (2 if self.norm == "layer" and self.bias else 1)
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * embed
+        if self.positions == "learned":
+            tables += self.max_seq_len * embed
+        return self.num_layers * (attention + mlp + 2 * norm) + tables + norm

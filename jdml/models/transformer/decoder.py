@@ -1,5 +1,9 @@
 """The decoder: embedding, stacked blocks, norm, head.
 
+    tokens [batch, seq] → embed (+ positions) [batch, seq, embed]
+    num_layers × Block: x + attention(norm(x)); x + mlp(norm(x))
+    norm → head [embed, vocab] → logits [batch, seq, vocab]
+
 The blocks' parameters are stacked under a leading dim named ``layers``: one traced block serves
 them all, compilation does not grow with depth, and a step handles a dozen leaves instead of
 hundreds. The model holds no random state: dropout takes a key with the call, so that a loss stays
@@ -16,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from jdml.models.transformer.attention import Attention, LayerCache, Rotary, rotary
 from jdml.models.transformer.config import TransformerConfig
-from jdml.models.transformer.layers import Dense, Embed, RMSNorm, dropout
-from jdml.models.transformer.mlp import SwiGLU
-from jdml.sharding import constrain
+from jdml.models.transformer.layers import Dense, Embed, LearnedPositions, dropout, make_norm
+from jdml.models.transformer.mlp import make_mlp
+from jdml.sharding import Without, constrain
 
 
 class Cache(NamedTuple):
@@ -36,15 +40,15 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.rate = config.dropout
-        self.attention_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
-        self.mlp = SwiGLU(config, rngs)
+        self.mlp_norm = make_norm(config)
+        self.mlp = make_mlp(config, rngs)
 
     def __call__(
         self,
         x: jax.Array,
-        table: Rotary,
+        table: Rotary | None,
         key: jax.Array | None = None,
         cache: LayerCache | None = None,
         start: jax.Array | int = 0,
@@ -67,7 +71,8 @@ class Transformer(nnx.Module):
       config: the shape.
       rngs: stream ``params``. Kernels are cut normals with deviation ``1 / sqrt(fan in)``, those
         that write to the residual stream smaller by ``sqrt(2 * num_layers)``; the embedding's
-        deviation is 0.3, or ``1 / sqrt(embed_dim)`` where it is the head too.
+        deviation is 0.3, or ``1 / sqrt(embed_dim)`` where it is the head too; that of learned
+        positions half as much. Biases start at 0.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -82,11 +87,16 @@ class Transformer(nnx.Module):
             transform_metadata={nnx.PARTITION_NAME: "layers"},
         )
         self.layers = make(rngs.split(config.num_layers))
-        self.norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+        self.norm = make_norm(config)
         self.head = nnx.data(
             None
             if config.tie_embeddings
             else Dense((config.embed_dim,), (config.vocab_size,), ("embed", "vocab"), rngs.params())
+        )
+        self.positions = nnx.data(
+            LearnedPositions(config.max_seq_len, config.embed_dim, rngs.params(), std=std / 2)
+            if config.positions == "learned"
+            else None
         )
 
     def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -128,8 +138,14 @@ class Transformer(nnx.Module):
         return jnp.where(cache.length <= capacity, last, jnp.nan), cache
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for ``capacity`` positions."""
+        """An empty cache for ``capacity`` positions.
+
+        Raises:
+          ValueError: the decoder is not causal: what it read would have to be read again.
+        """
         c = self.config
+        if not c.causal:
+            raise ValueError("init_cache: expected config.causal=True, got False")
         shape = (c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim)
         # One array each: a buffer that appears twice could not be donated.
         empty = LayerCache(jnp.zeros(shape, c.compute_dtype), jnp.zeros(shape, c.compute_dtype))
@@ -159,12 +175,21 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         c = self.config
         start: jax.Array | int = 0 if cache is None else cache.length
-        table = rotary(start + jnp.arange(tokens.shape[1]), c.head_dim, c.rope_base)
+        seq = tokens.shape[1]
+        table = None
+        if c.positions == "rotary":
+            table = rotary(start + jnp.arange(seq), c.head_dim, c.rope_base)
         keys = None
         if key is not None and c.dropout > 0:
             key, embed_key = jax.random.split(key)
             keys = jax.random.split(key, c.num_layers)
-        x = self.embed(tokens, c.compute_dtype)
+        # The sum over the axis of the vocabulary comes first: where that axis divides the positions
+        # too, the partitioner would put the whole table together instead.
+        x = constrain(
+            self.embed(tokens, c.compute_dtype), "batch", Without("seq", "vocab"), "embed"
+        )
+        if self.positions is not None:
+            x = x + self.positions(start, seq, c.compute_dtype)
         if keys is not None:
             x = dropout(x, c.dropout, embed_key)
         x = constrain(x, "batch", "seq", "embed")
@@ -179,7 +204,7 @@ class Transformer(nnx.Module):
         body = _remat(body, c)
         x, layers = jax.lax.scan(body, x, xs, unroll=c.num_layers if c.unroll else 1)
         if cache is not None:
-            cache = Cache(layers, cache.length + tokens.shape[1])
+            cache = Cache(layers, cache.length + seq)
         return self.norm(x), cache
 
     def _check(self, tokens: jax.Array, limit: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The parts that hold parameters: dense projection, RMSNorm, token embedding; and dropout.
+"""The parts that hold parameters: dense projection, norms, tables of vectors; and dropout.
 
 Every parameter is float32 and carries logical names of its dims, from which a rule table derives
 its layout. ``eager_sharding=False``: the names say how an array may be divided, and a module is
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdml.models.transformer.config import TransformerConfig
 from jdml.sharding import constrain
 
 
@@ -26,13 +27,15 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.
 
 
 class Dense(nnx.Module):
-    """``y = x @ kernel`` without a bias.
+    """``y = x @ kernel``, or ``x @ kernel + bias``.
 
     Args:
       inputs: sizes of the contracted dims, the last ones of ``x``.
       outputs: sizes of the dims that replace them.
-      names: logical names of the kernel's dims, ``inputs`` then ``outputs``.
+      names: logical names of the kernel's dims, ``inputs`` then ``outputs``; the bias has the
+        latter.
       key: typed key.
+      bias: add a bias, which starts at 0.
       scale: the kernel's deviation is ``scale / sqrt(fan in)``.
       flatten: see ``TransformerConfig.flatten_tokens``.
     """
@@ -41,9 +44,10 @@ class Dense(nnx.Module):
         self,
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
-        names: tuple[str, ...],
+        names: tuple[str | None, ...],
         key: jax.Array,
         *,
+        bias: bool = False,
         scale: float = 1.0,
         flatten: bool = True,
     ):
@@ -51,6 +55,9 @@ class Dense(nnx.Module):
         self.flatten = flatten
         std = scale / math.sqrt(math.prod(inputs))
         self.kernel = param(truncated_normal(key, inputs + outputs, std), names)
+        self.bias = nnx.data(
+            param(jnp.zeros(outputs, jnp.float32), names[len(inputs) :]) if bias else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` [..., *inputs] → [..., *outputs], in the dtype of ``x``."""
@@ -59,7 +66,8 @@ class Dense(nnx.Module):
         lead = x.shape[: x.ndim - self.num_inputs]
         kernel = kernel.reshape(-1, math.prod(outputs))
         x = x.reshape(*((-1,) if self.flatten else lead), kernel.shape[0])
-        return (x @ kernel).reshape(*lead, *outputs)
+        y = (x @ kernel).reshape(*lead, *outputs)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -80,6 +88,33 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """``(x - mean) / sqrt(variance + epsilon) * scale + bias`` over the last dim, in float32.
+
+    Reference: Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+
+    def __init__(self, size: int, *, epsilon: float, bias: bool = True):
+        self.epsilon = epsilon
+        self.scale = param(jnp.ones((size,), jnp.float32), ("embed",))
+        self.bias = nnx.data(param(jnp.zeros((size,), jnp.float32), ("embed",)) if bias else None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., size], same dtype out."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return (wide if self.bias is None else wide + self.bias[...]).astype(x.dtype)
+
+
+def make_norm(config: TransformerConfig) -> RMSNorm | LayerNorm:
+    """The norm that the configuration asks for, over ``embed_dim``."""
+    if config.norm == "rms":
+        return RMSNorm(config.embed_dim, epsilon=config.norm_epsilon)
+    return LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, bias=config.bias)
+
+
 class Embed(nnx.Module):
     """A table of token vectors."""
 
@@ -93,6 +128,21 @@ class Embed(nnx.Module):
         # an axis of the batch would be exchanged over every axis of the batch.
         table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")
         return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+class LearnedPositions(nnx.Module):
+    """A vector for each position, added to the token's."""
+
+    def __init__(self, max_seq_len: int, embed_dim: int, key: jax.Array, *, std: float):
+        self.table = param(truncated_normal(key, (max_seq_len, embed_dim), std), (None, "embed"))
+
+    def __call__(self, start: jax.Array | int, num: int, dtype: jnp.dtype) -> jax.Array:
+        """[num, embed_dim] of the positions from ``start`` on; NaN past the table's end."""
+        # Laid out as activations are, like ``Embed``.
+        table = constrain(self.table[...].astype(dtype), None, "embed")
+        if isinstance(start, int) and start + num <= len(table):
+            return table[start : start + num]
+        return jnp.take(table, start + jnp.arange(num), axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
