@@ -8,6 +8,7 @@ import numpy as np
 
 from jdml.optimize.base import Params, Problem
 from jdml.optimize.dual.ascent import soft
+from jdml.optimize.one_by_one import one_by_one_refusal
 
 
 def dual_refusal(problem: Problem) -> str | None:
@@ -68,9 +69,7 @@ def first_alpha(problem: Problem, params: Params) -> jax.Array:
 
 def rows_refusal(problem: Problem) -> str | None:
     """``dual_refusal``, and why samples cannot be taken one by one."""
-    if not hasattr(problem.rows, "in_turn"):
-        return "no single rows can be taken of a stream"
-    return dual_refusal(problem)
+    return dual_refusal(problem) or one_by_one_refusal(problem, "samples")
 
 
 def seed_of(key: jax.Array, number: jax.Array) -> jax.Array:

@@ -28,6 +28,8 @@ class NewtonCholesky(Method):
         size = problem.rows.shape[1] * (problem.loss.num_outputs or 1)
         if size > MOST:
             return f"{size} parameters want a Hessian of {size} × {size}; at most {MOST}"
+        if getattr(problem.rows, "grid", (1, 1))[1] > 1:
+            return "the rows are divided by feature, and no worker has two columns of other parts"
         return smooth_refusal(problem)
 
     def check(self, problem):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jdml.optimize.base import Method, Params, bounded_refusal, stationarity
+from jdml.optimize.one_by_one import one_by_one_refusal
 
 
 class CoordinateDescentState(NamedTuple):
@@ -35,7 +36,7 @@ class CoordinateDescent(Method):
             return "it takes one margin a sample"
         if not problem.penalty.separable:
             return f"{problem.penalty.name} is no sum over coordinates"
-        return bounded_refusal(problem)
+        return bounded_refusal(problem) or one_by_one_refusal(problem, "columns")
 
     def init(self, problem, params):
         return CoordinateDescentState(params, jnp.zeros((), jnp.int32), jax.random.key(0))

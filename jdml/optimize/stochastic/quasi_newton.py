@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jdml.optimize.base import Method, Params, smooth_refusal, stationarity
+from jdml.optimize.one_by_one import one_by_one_refusal
 from jdml.optimize.stochastic.batch import (
     batch_curvature,
     check_batch,
@@ -59,7 +60,7 @@ class QuasiNewton(Method):
     def refusal(cls, problem):
         if problem.loss.smoothness is None and problem.loss.differentiable:
             return f"the curvature of the {problem.loss.name} loss has no bound to start from"
-        return smooth_refusal(problem)
+        return smooth_refusal(problem) or one_by_one_refusal(problem, "samples")
 
     def check(self, problem):
         super().check(problem)

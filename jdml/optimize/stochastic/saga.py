@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jdml.optimize.base import Method, Params, bounded_refusal, stationarity
 from jdml.optimize.first_order.gradient_descent import checked_step
+from jdml.optimize.one_by_one import one_by_one_refusal
 from jdml.optimize.stochastic.batch import (
     check_batch,
     checked_size,
@@ -47,7 +48,7 @@ class Saga(Method):
 
     @classmethod
     def refusal(cls, problem):
-        return bounded_refusal(problem)
+        return bounded_refusal(problem) or one_by_one_refusal(problem, "samples")
 
     def check(self, problem):
         super().check(problem)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jdml.optimize.base import Method, Params, stationarity
+from jdml.optimize.one_by_one import one_by_one_refusal
 from jdml.optimize.stochastic.batch import check_batch, checked_size, gradient, take
 
 
@@ -43,7 +44,7 @@ class Sgd(Method):
         penalty = problem.penalty
         if not (penalty.smooth or penalty.constraint):
             return f"the penalty {penalty.name} has no gradient everywhere"
-        return None
+        return one_by_one_refusal(problem, "samples")
 
     def check(self, problem):
         super().check(problem)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jdml.optimize.base import Method, Params, bounded_refusal, stationarity
 from jdml.optimize.first_order.gradient_descent import checked_step
 from jdml.optimize.first_order.majorise import Point, point
+from jdml.optimize.one_by_one import one_by_one_refusal
 from jdml.optimize.stochastic.batch import (
     check_batch,
     checked_size,
@@ -56,7 +57,7 @@ class Svrg(Method):
 
     @classmethod
     def refusal(cls, problem):
-        return bounded_refusal(problem)
+        return bounded_refusal(problem) or one_by_one_refusal(problem, "samples")
 
     def check(self, problem):
         super().check(problem)
