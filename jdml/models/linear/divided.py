@@ -28,7 +28,7 @@ from jdml.models.linear.rows import Dense, Sparse
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["blocks"],
+    data_fields=["blocks", "columns"],
     meta_fields=["shape", "grid", "mesh", "axes"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Divided:
 
     Attributes:
       blocks: Rows whose leaves have ``[S, F]`` in front.
+      columns: int32 ``[F, d/F]``, the column of X that stands at each place; -1 for one of zeros.
       shape: ``(n, d)`` of all, what fills blocks up included.
       grid: ``(S, F)``.
       mesh: Where; None on one device.
@@ -44,6 +45,7 @@ class Divided:
     """
 
     blocks: Any
+    columns: jax.Array
     shape: tuple[int, int]
     grid: tuple[int, int]
     mesh: Mesh | None
@@ -112,6 +114,12 @@ class Divided:
         """``v`` of all samples, or of all columns where these are divided, as ``[K, ...]``."""
         return v.reshape(max(self.grid), -1, *v.shape[1:])
 
+    def in_order(self, w: jax.Array) -> np.ndarray:
+        """``w`` of these columns as that of X's own, ``[d]`` or ``[d, outputs]``, in X's order."""
+        columns = np.asarray(self.columns).ravel()
+        found = np.asarray(w)[columns >= 0]
+        return found[np.argsort(columns[columns >= 0])]
+
     def _product(self, v: jax.Array, over: int) -> jax.Array:
         def one(block: Any, v: jax.Array) -> jax.Array:
             return block.matvec(v) if over else block.rmatvec(v)
@@ -162,8 +170,7 @@ def _joined(x: jax.Array) -> jax.Array:
 def cut(
     rows: Dense | Sparse,
     places: np.ndarray,
-    num_columns: int,
-    grid: tuple[int, int],
+    columns: np.ndarray,
     mesh: Mesh | None,
     axes: tuple[str | None, str | None],
 ) -> Divided:
@@ -172,43 +179,44 @@ def cut(
     Args:
       rows: X ``[n, d]``.
       places: ``[S, n_s]``: the row that stands at each place, -1 for a row of zeros.
-      num_columns: Of all blocks, at least d; those past d are zeros.
-      grid: ``(S, F)``; F divides ``num_columns``.
+      columns: ``[F, d_f]``: the column that stands at each place, -1 for one of zeros.
       mesh, axes: As :class:`Divided`.
     """
     blocks: Dense | Sparse
     if isinstance(rows, Dense):
-        blocks = _cut_dense(rows, places, num_columns, grid[1])
+        blocks = _cut_dense(rows, places, columns)
     else:
-        blocks = _cut_sparse(rows, places, num_columns, grid[1])
+        blocks = _cut_sparse(rows, places, columns)
+    number = columns.astype(np.int32)
     if mesh is not None:
         blocks = jax.device_put(blocks, NamedSharding(mesh, P(*axes)))
+        number = jax.device_put(number, NamedSharding(mesh, P(axes[1])))
     else:
-        blocks = jax.tree.map(jnp.asarray, blocks)
-    return Divided(blocks, (places.size, num_columns), grid, mesh, axes)
+        blocks, number = jax.tree.map(jnp.asarray, (blocks, number))
+    grid = len(places), len(columns)
+    return Divided(blocks, number, (places.size, columns.size), grid, mesh, axes)
 
 
-def _cut_dense(rows: Dense, places: np.ndarray, num_columns: int, parts: int) -> Dense:
-    x = np.asarray(rows.x)
-    found = np.zeros((*places.shape, num_columns), x.dtype)
-    found[..., : x.shape[1]] = np.where((places >= 0)[..., None], x[places], 0)
-    found = found.reshape(*places.shape, parts, -1).transpose(0, 2, 1, 3)
-    return Dense(np.ascontiguousarray(found))  # type: ignore[arg-type]
+def _cut_dense(rows: Dense, places: np.ndarray, columns: np.ndarray) -> Dense:
+    x = np.pad(np.asarray(rows.x), ((0, 1), (0, 1)))  # the last row and column stand for -1
+    found = x[places.ravel()][:, columns.ravel()].reshape(*places.shape, *columns.shape)
+    return Dense(np.ascontiguousarray(found.transpose(0, 2, 1, 3)))  # type: ignore[arg-type]
 
 
-def _cut_sparse(rows: Sparse, places: np.ndarray, num_columns: int, parts: int) -> Sparse:
+def _cut_sparse(rows: Sparse, places: np.ndarray, columns: np.ndarray) -> Sparse:
     matrix = to_csr(rows)
-    empty = scipy.sparse.csr_array((1, rows.shape[1]), dtype=matrix.dtype)
-    matrix = scipy.sparse.vstack([matrix, empty], format="csr")  # the last one stands for -1
-    matrix = scipy.sparse.csr_array((matrix.data, matrix.indices, matrix.indptr))
-    matrix.resize((matrix.shape[0], num_columns))
-    wide = num_columns // parts
-    blocks = [matrix[own][:, f * wide : (f + 1) * wide] for own in places for f in range(parts)]
-    shape = (places.shape[1], wide)
+    # Those past the last row and column are empty, and stand for -1.
+    n, d = matrix.shape
+    matrix.resize((n + 1, d + 1))
+    places, columns = np.where(places < 0, n, places), np.where(columns < 0, d, columns)
+    strips = [matrix[own] for own in places]
+    blocks = [strip[:, own] for strip in strips for own in columns]
+    shape = (places.shape[1], columns.shape[1])
     by_row = pack_alike([scipy.sparse.csr_array(b) for b in blocks])
     by_column = pack_alike([scipy.sparse.csr_array(b.T) for b in blocks])
+    grid = len(places), len(columns)
     stacked = Sparse(by_row, by_column, shape)
-    return jax.tree.map(lambda x: x.reshape(len(places), parts, *x.shape[1:]), stacked)
+    return jax.tree.map(lambda x: x.reshape(*grid, *x.shape[1:]), stacked)
 
 
 def to_csr(rows: Sparse) -> scipy.sparse.csr_array:

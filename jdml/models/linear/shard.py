@@ -32,8 +32,9 @@ def shard_problem(
     Where S does not divide n, rows of zeros with weight 0 fill up; where F does not divide d,
     columns of zeros follow the last, whose coordinates stay 0: the answer is ``w[:d]``.
 
-    Methods that take samples or columns one by one would fetch each over the mesh; those of
-    ``jdml.aggregate.linear`` do not, with :func:`divide`.
+    Methods that take samples or columns one by one (SGD, SAGA, SDCA, …) are refused: each would be
+    an exchange over the mesh. Those of ``jdml.aggregate.linear`` keep to a worker's own, with
+    :func:`divide`.
 
     Args:
       problem: Dense or sparse rows, on one device.
@@ -61,11 +62,11 @@ def shard_problem(
             "a mesh of those that do, such as make_mesh({'data': 4}, devices=jax.devices()[:4])."
         )
     if isinstance(problem.rows, Sparse):
-        return _divided(problem, "shard_problem", grid, mesh, (samples, features), None)
-    places, num_columns = _layout("shard_problem", problem, grid, None)
+        return _divided(problem, "shard_problem", grid, mesh, (samples, features), None, None)
+    places, columns = _layout("shard_problem", problem, grid, None, None)
     dense: Any = problem.rows
     x = np.asarray(dense.x)
-    x = np.pad(x, ((0, 0), (0, num_columns - x.shape[1])))
+    x = np.pad(x, ((0, 0), (0, columns.size - x.shape[1])))
     order = places.ravel()
     x = np.where((order >= 0)[:, None], x[order], 0)
     rows = Dense(jax.device_put(x, NamedSharding(mesh, P(samples, features))))
@@ -79,6 +80,7 @@ def divide(
     *,
     mesh: Mesh | None = None,
     parts: Sequence[npt.ArrayLike] | None = None,
+    feature_parts: Sequence[npt.ArrayLike] | None = None,
 ) -> LinearProblem:
     """The problem in blocks, for the methods of ``jdml.aggregate.linear``.
 
@@ -90,10 +92,13 @@ def divide(
       mesh: Where the axes are.
       parts: Which samples each worker has, as ``jdml.partition`` gives them; by default blocks of
         neighbours. Each is filled up to the largest with rows of zeros, of weight 0.
+      feature_parts: Which columns each worker has; by default blocks of neighbours. Sparse columns
+        are worth balancing by their non-zeros, ``jdml.partition.balanced_features``; parts are then
+        of several sizes, and columns of zeros fill them up.
 
     Returns:
-      The problem with :class:`Divided` rows; the samples in the order of the parts. Columns of
-      zeros may follow the last, as in :func:`shard_problem`.
+      The problem with :class:`Divided` rows; samples and columns in the order of the parts, those
+      that were added included. ``divided.rows.in_order(w)`` are the weights of X's own columns.
 
     Raises:
       ValueError: as shard_problem; simulated workers on a mesh; parts that are no division.
@@ -114,13 +119,13 @@ def divide(
     else:
         grid = (samples, features)
     axes = tuple(part if isinstance(part, str) else None for part in (samples, features))
-    return _divided(problem, "divide", grid, mesh, axes, parts)
+    return _divided(problem, "divide", grid, mesh, axes, parts, feature_parts)
 
 
-def _divided(problem, caller, grid, mesh, axes, parts) -> LinearProblem:
-    places, num_columns = _layout(caller, problem, grid, parts)
+def _divided(problem, caller, grid, mesh, axes, parts, feature_parts) -> LinearProblem:
+    places, columns = _layout(caller, problem, grid, parts, feature_parts)
     rows: Any = problem.rows
-    return _on(problem, cut(rows, places, num_columns, grid, mesh, axes), places, mesh, axes[0])
+    return _on(problem, cut(rows, places, columns, mesh, axes), places, mesh, axes[0])
 
 
 def _on(
@@ -143,8 +148,9 @@ def _layout(
     problem: LinearProblem,
     grid: tuple[int, ...],
     parts: Sequence[npt.ArrayLike] | None,
-) -> tuple[np.ndarray, int]:
-    """``places [S, n_s]`` and the number of columns."""
+    feature_parts: Sequence[npt.ArrayLike] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The row at each place, ``[S, n_s]``, and the column, ``[F, d_f]``; -1 where zeros fill up."""
     if not isinstance(problem.rows, (Dense, Sparse)):
         raise ValueError(
             f"{caller}: rows of type {type(problem.rows).__name__}; expected Dense or Sparse ones, "
@@ -160,25 +166,42 @@ def _layout(
                 f"most {num} workers, or divide the other way."
             )
     if parts is None:
-        found = np.array_split(np.arange(n), grid[0])
+        places = _filled_up(np.array_split(np.arange(n), grid[0]))
     else:
-        found = [np.asarray(part, np.int64).ravel() for part in parts]
-        counts = np.bincount(np.concatenate(found), minlength=n) if found else np.zeros(n)
-        if len(found) != grid[0] or len(counts) != n or np.any(counts != 1):
-            raise ValueError(
-                f"{caller}: {len(found)} parts; expected {grid[0]}, in which each of {n} rows is "
-                "in one."
-            )
-    most = max(map(len, found))
-    places = np.stack([np.pad(p, (0, most - len(p)), constant_values=-1) for p in found])
-    num_columns = -(-d // grid[1]) * grid[1]
-    if num_columns > d and problem.penalty.name not in CENTRED:
+        places = _filled_up(_checked_parts(caller, parts, grid[0], n, "rows"))
+    if feature_parts is None:
+        # Only after the last, so that the answer is w[:d] whether it is asked for its order or not.
+        wide = -(-d // grid[1])
+        columns = np.arange(wide * grid[1])
+        columns = np.where(columns < d, columns, -1).reshape(grid[1], wide)
+    else:
+        columns = _filled_up(_checked_parts(caller, feature_parts, grid[1], d, "columns"))
+    if columns.size > d and problem.penalty.name not in CENTRED:
         raise ValueError(
-            f"{caller}: {grid[1]} workers do not divide {d} columns, and columns of zeros may only "
-            f"be added with a penalty of {', '.join(CENTRED)}; this one is {problem.penalty.name}. "
-            "Take a number of workers that divides, or such a penalty."
+            f"{caller}: {grid[1]} workers do not have equally many of {d} columns, and columns of "
+            f"zeros may only be added with a penalty of {', '.join(CENTRED)}; this one is "
+            f"{problem.penalty.name}. Take a number of workers that divides, or such a penalty."
         )
-    return places, num_columns
+    return places, columns
+
+
+def _checked_parts(
+    caller: str, parts: Sequence[npt.ArrayLike], num_parts: int, size: int, what: str
+) -> list[np.ndarray]:
+    found = [np.asarray(part, np.int64).ravel() for part in parts]
+    numbers = np.concatenate(found) if found else np.zeros(0, np.int64)
+    if len(found) != num_parts or not np.array_equal(np.sort(numbers), np.arange(size)):
+        raise ValueError(
+            f"{caller}: {len(found)} parts; expected {num_parts}, in which each of {size} {what} "
+            "is in one."
+        )
+    return found
+
+
+def _filled_up(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """``[number, most]``, -1 past the end of each."""
+    most = max(map(len, parts))
+    return np.stack([np.pad(p, (0, most - len(p)), constant_values=-1) for p in parts])
 
 
 def _size(mesh: Mesh, axis: str) -> int:

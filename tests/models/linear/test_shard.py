@@ -7,6 +7,7 @@ import scipy.sparse
 
 from jdml.models.linear import (
     LinearProblem,
+    Weights,
     box,
     divide,
     l1,
@@ -17,7 +18,7 @@ from jdml.models.linear import (
     squared,
 )
 from jdml.optimize import newton_cg, newton_cholesky, proximal, solve
-from jdml.partition import stratified
+from jdml.partition import balanced_features, stratified
 from jdml.sharding import bytes_per_axis, collectives, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
@@ -120,6 +121,27 @@ def test_parts_of_samples_are_taken_as_they_are():
     )
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_columns_are_taken_as_they_are_and_put_back_in_order(sparse):
+    whole = problem_of(sparse)
+    nonzeros = np.array([9, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    parts = balanced_features(nonzeros, 2)
+    assert sorted(map(len, parts)) == [1, 9]  # what is divided is the non-zeros
+    divided = divide(whole, 2, 2, feature_parts=parts)
+    assert divided.rows.shape == (N + 1, 18)
+    w = np.arange(1.0, 11)
+    columns = np.asarray(divided.rows.columns).ravel()
+    placed = np.where(columns < 0, 0, w[columns])
+    np.testing.assert_array_equal(divided.rows.in_order(placed), w)
+    both = jax.jit(lambda problem, params: problem.value_and_gradient(params))
+    value, gradient = both(divided, Weights(placed, np.float64(0.3)))
+    expected, slope = both(whole, Weights(w, np.float64(0.3)))
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(divided.rows.in_order(gradient.w), slope.w, rtol=1e-10, atol=1e-14)
+    plain = divide(whole, features=4)  # of 10 columns: two are added, after the last
+    np.testing.assert_array_equal(plain.rows.in_order(np.arange(12)), np.arange(10))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -132,6 +154,7 @@ def test_parts_of_samples_are_taken_as_they_are():
         (lambda p: divide(p, 62), "62 workers and 61 rows"),
         (lambda p: divide(p, 1, 11), "11 workers and 10 columns"),
         (lambda p: divide(p, 2, parts=[[0], [1]]), "each of 61 rows"),
+        (lambda p: divide(p, 1, 2, feature_parts=[[0, 1], [2, -1]]), "each of 10 columns"),
         (lambda p: divide(divide(p, 2), 2), "not divided yet"),
         (lambda p: divide(p.replace(penalty=box(1, 2)), 1, 4), "columns of zeros"),
     ],
