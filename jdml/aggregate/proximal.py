@@ -1,6 +1,7 @@
 """Proximal operators of penalties on the consensus variable: ``argmin_z g(z) + |z - v|^2 / 2t``.
 
-Each factory returns ``prox(tree, step) -> tree``, where ``step`` is t, a scalar.
+Each factory returns ``prox(tree, step) -> tree``, where ``step`` is t, a scalar. They are made of
+Optax's projections, as those of the penalties in ``jdml.models.linear`` are.
 
 Reference: Parikh & Boyd, "Proximal Algorithms", 2014, chapter 6.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from optax import projections
 
 PyTree = Any
 Proximal = Callable[[PyTree, jax.Array], PyTree]
@@ -44,8 +45,8 @@ def prox_elastic_net(l1: float, l2: float, mask: Mask = None) -> Proximal:
             raise ValueError(f"the strength of the {name} penalty is {strength}; expected >= 0.")
 
     def prox(v: jax.Array, step: jax.Array) -> jax.Array:
-        size = jnp.maximum(jnp.abs(v) - step * l1, 0)
-        return jnp.sign(v) * size / (1 + step * l2)
+        # Shrinking towards 0 leaves what a box does not hold (Moreau's identity).
+        return (v - projections.projection_box(v, -step * l1, step * l1)) / (1 + step * l2)
 
     return _on_leaves(prox, mask)
 
@@ -54,7 +55,7 @@ def prox_box(low: float, high: float, mask: Mask = None) -> Proximal:
     """Constrains every element to ``[low, high]``; arguments as prox_l1."""
     if not low <= high:
         raise ValueError(f"prox_box({low}, {high}): expected low <= high.")
-    return _on_leaves(lambda v, step: jnp.clip(v, low, high), mask)
+    return _on_leaves(lambda v, step: projections.projection_box(v, low, high), mask)
 
 
 def prox_non_negative(mask: Mask = None) -> Proximal:

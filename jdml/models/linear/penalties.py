@@ -2,18 +2,18 @@
 
 Each is a frozen object and a pytree whose strengths are leaves, so that a path of strengths is one
 compiled program. A constraint is the penalty that is 0 where it holds and infinite elsewhere: its
-proximal operator is the projection.
+proximal operator is the projection. Projections are Optax's.
 
 Reference: Parikh & Boyd, "Proximal Algorithms", 2014, chapter 6.
 """
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from optax import projections
 
 
 class Penalty:
@@ -82,8 +82,9 @@ class _ElasticNet(Penalty):
         return self.l1 * jnp.sum(jnp.abs(w)) + self.l2 / 2 * jnp.sum(w * w)
 
     def prox(self, v, step):
-        size = jnp.maximum(jnp.abs(v) - step * self.l1, 0)
-        return (jnp.sign(v) * size / (1 + step * self.l2)).astype(v.dtype)
+        # Shrinking towards 0 leaves what a box does not hold (Moreau's identity).
+        held = projections.projection_box(v, -step * self.l1, step * self.l1)
+        return ((v - held) / (1 + step * self.l2)).astype(v.dtype)
 
     def conjugate(self, u):
         # With l2 = 0, 0/0 within the ball of l1 and x/0 outside of it.
@@ -156,7 +157,7 @@ class Box(_Constraint):
     name = "box"
 
     def project(self, v):
-        return jnp.clip(v, self.low, self.high).astype(v.dtype)
+        return projections.projection_box(v, self.low, self.high).astype(v.dtype)
 
     def lmo(self, gradient):
         corner = jnp.where(gradient > 0, self.low, self.high)
@@ -176,8 +177,7 @@ class L1Ball(_Constraint):
     separable = False
 
     def project(self, v):
-        onto = _onto_simplex(jnp.abs(v).ravel(), self.radius).reshape(v.shape)
-        return jnp.where(jnp.sum(jnp.abs(v)) <= self.radius, v, jnp.sign(v) * onto).astype(v.dtype)
+        return projections.projection_l1_ball(v, self.radius).astype(v.dtype)
 
     def lmo(self, gradient):
         flat = gradient.ravel()
@@ -193,7 +193,7 @@ class Simplex(_Constraint):
     separable = False
 
     def project(self, v):
-        return _onto_simplex(v.ravel(), self.radius).reshape(v.shape).astype(v.dtype)
+        return projections.projection_simplex(v, self.radius).astype(v.dtype)
 
     def lmo(self, gradient):
         flat = gradient.ravel()
@@ -257,12 +257,3 @@ def _radius(name: str, radius: float) -> float:
     if not (math.isfinite(radius) and radius > 0):
         raise ValueError(f"{name}(radius={radius}): expected a number > 0.")
     return float(radius)
-
-
-@functools.partial(jax.jit, inline=True)
-def _onto_simplex(v: jax.Array, radius: jax.Array | float) -> jax.Array:
-    """``max(v - θ, 0)`` with the θ that makes the sum ``radius``; from the sorted elements."""
-    falling = -jnp.sort(-v)
-    theta = (jnp.cumsum(falling) - radius) / jnp.arange(1, v.size + 1, dtype=v.dtype)
-    last = jnp.sum(falling > theta) - 1
-    return jnp.maximum(v - theta[last], 0)
