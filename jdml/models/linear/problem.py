@@ -133,8 +133,16 @@ class LinearProblem:
 
     def curvature_product(self, margins: jax.Array, change: Weights) -> Weights:
         """The Hessian of the mean loss, at these margins, times ``change``."""
-        moved = self.loss.curvature_product(margins, self.y, self.margins(change))
-        return self.pull(_times(self.sample_weight / self.num_samples, moved))
+
+        def bend(moved: jax.Array, margins: jax.Array, y: jax.Array, weight: jax.Array):
+            moved = self.loss.curvature_product(margins, y, with_intercept(moved, change.b))
+            return _times(weight / self.num_samples, moved)
+
+        of_samples = margins, self.y, self.sample_weight
+        if hasattr(self.rows, "there_and_back"):  # a stream: one pass, not two
+            w, total = self.rows.there_and_back(change.w, bend, *of_samples)
+            return Weights(w, total if self.intercept else None)
+        return self.pull(bend(self.rows.matvec(change.w), *of_samples))
 
     def hessian(self, margins: jax.Array) -> jax.Array:
         """The Hessian of the mean loss, at these margins, as a matrix; see ``hessian.py``."""
