@@ -84,7 +84,8 @@ def make_step(
       model_state: For models that update state without gradients: ``"mean"`` averages it over the
         workers after every step, ``"local"`` keeps each worker's own.
       mapping: How gradients are mapped over the workers, ``"vmap"`` or ``"shard_map"``: the same
-        numbers, another compiled program. ``None`` takes what
+        numbers, another compiled program. ``None`` takes the loss function's attribute ``mapping``
+        if it has one (a pipeline asks for ``"shard_map"``), else what
         :func:`jdml.train.gradients.default_mapping` gives.
       steps_per_call: Steps of one call of ``step``; 1 takes a batch without the further dim.
       compiler_options: Options of XLA for the step, such as
@@ -114,7 +115,7 @@ def make_step(
         zero,
         accumulate,
         model_state,
-        mapping or default_mapping(mesh, axis),
+        mapping or getattr(loss_fn, "mapping", None) or default_mapping(mesh, axis),
     )
     step = TrainStep(program, steps_per_call, compiler_options)
     return Step(Init(program, step), step)
