@@ -1,0 +1,111 @@
+"""What the three divided forms of attention have in common: two functions on a device's part."""
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jdml.models.attention.blocks import block_size
+from jdml.models.attention.order import Order
+
+
+class Kept(NamedTuple):
+    """What the backward pass gets of the forward pass.
+
+    ``query``, ``output``: [batch, heads, seq, head_dim]; ``key``, ``value``: [batch, kv_heads, seq,
+    head_dim]; ``log_sum``: float32 [batch, heads, seq]. Which heads and positions, the form says.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    output: jax.Array
+    log_sum: jax.Array
+
+
+@dataclass(frozen=True)
+class Form(abc.ABC):
+    """A way of attending over a sequence divided over a mesh axis; runs where that axis is manual.
+
+    Attributes:
+      axis: mesh axis (or axes) over which the sequence is divided.
+      axis_size: its size K.
+      causal: a query sees its own position and earlier ones; otherwise all.
+      order: which positions a device holds; see ``order.py``.
+      block: positions of a block of scores, at most.
+    """
+
+    divides_heads: ClassVar[bool] = False
+    """What is kept has all positions of some heads, and ``to_positions`` trades it back."""
+
+    axis: str | tuple[str, ...]
+    axis_size: int
+    causal: bool
+    order: Order
+    block: int
+
+    @abc.abstractmethod
+    def forward(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Kept:
+        """Attends.
+
+        Args:
+          query: [batch, heads, seq / K, head_dim], the device's positions.
+          key, value: [batch, kv_heads, seq / K, head_dim]; ``kv_heads`` divides ``heads``, and
+            each is repeated ``repeats(kv_heads)`` times already.
+        """
+
+    @abc.abstractmethod
+    def backward(self, kept: Kept, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Gradients of what ``forward`` was given, from that of the output of its positions."""
+
+    def to_positions(self, x: jax.Array) -> jax.Array:
+        """``kept.output`` → [batch, heads, seq / K, head_dim], the device's positions."""
+        return x
+
+    def repeats(self, kv_heads: int) -> int:
+        """How often each key head is to be repeated before ``forward``."""
+        return 1
+
+    def kept_specs(self, spec: P) -> Kept:
+        """Specs of what is kept, given that of the query (dims batch, heads, seq, head_dim)."""
+        return Kept(spec, spec, spec, spec, P(*spec[:3]))
+
+    def check(self, heads: int, length: int) -> None:
+        """Raises ``ValueError`` for what this form cannot divide.
+
+        Args:
+          heads: query heads of a device.
+          length: positions of a device, known to be as many on all.
+        """
+        self.block_of(length)
+
+    def block_of(self, length: int) -> int:
+        """Positions of a block, where a device holds ``length``."""
+        chunks = 2 if self.order == "zigzag" and self.axis_size > 1 else 1
+        return block_size(length // chunks, self.block)
+
+
+def repeat_heads(x: jax.Array, times: int) -> jax.Array:
+    """[batch, kv_heads, ...] → [batch, kv_heads · times, ...], copies side by side."""
+    return x if times == 1 else x.repeat(times, axis=1)
+
+
+def sum_heads(x: jax.Array, times: int) -> jax.Array:
+    """The gradient of ``repeat_heads``, summed in float32."""
+    if times == 1:
+        return x
+    parts = x.reshape(x.shape[0], -1, times, *x.shape[2:])
+    return jnp.sum(parts, axis=2, dtype=jnp.float32).astype(x.dtype)
+
+
+def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[batch, heads, ...] → [batch, kv_heads, heads / kv_heads, ...]."""
+    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
+
+
+def ungrouped(x: jax.Array) -> jax.Array:
+    """The inverse of ``grouped``."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

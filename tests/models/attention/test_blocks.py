@@ -1,0 +1,112 @@
+"""One device: blocks of scores give what all scores give, and are never all there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdml.models.attention import divided_attention, plain_attention
+from jdml.models.attention.blocks import all_pairs, block_size, causal_pairs
+from jdml.models.attention.order import chunk_places
+from tests.models.attention.passes import with_gradients
+
+pytestmark = pytest.mark.usefixtures("one_device", "compiled_lightly")
+SIZES = (2, 6, 2, 24, 8)  # batch, heads, kv_heads, seq, head_dim
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_reference_equals_jax(arrays, expected, causal):
+    heads_last = [x.transpose(0, 2, 1, 3) for x in arrays(*SIZES)[:3]]
+    attend = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=causal))
+    wanted = attend(*heads_last).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(expected(causal, *SIZES)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("causal", "block"), [(True, 4), (True, 24), (False, 6)])
+def test_equals_all_scores_at_once(arrays, expected, causal, block):
+    attend = functools.partial(divided_attention, causal=causal, block=block)
+    got = jax.jit(with_gradients(attend))(*arrays(*SIZES))
+    for a, b in zip(got, expected(causal, *SIZES), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow(arrays):
+    """Scores of some 1e4: exponentials of them would be infinite."""
+    query, key, value, gradient = arrays(*SIZES)
+    args = (300 * query, 300 * key, value, gradient)
+    attend = functools.partial(divided_attention, block=4)
+    got = jax.jit(with_gradients(attend))(*args)
+    wanted = jax.jit(with_gradients(plain_attention))(*args)
+    assert all(bool(jnp.isfinite(x).all()) for x in got)
+    np.testing.assert_allclose(got[0], wanted[0], atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32(arrays, expected):
+    args = tuple(x.astype(jnp.bfloat16) for x in arrays(*SIZES))
+    got = jax.jit(with_gradients(functools.partial(divided_attention, block=4)))(*args)
+    for a, b in zip(got, expected(True, *SIZES), strict=True):
+        assert a.dtype == jnp.bfloat16
+        # A bfloat16 has 8 bits; operands and weights are rounded, sums are not.
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
+
+
+def test_scores_are_never_whole():
+    """The compiled program's temporaries are a fraction of one [seq, seq] array."""
+    seq, block = 2048, 128
+    shape = jax.ShapeDtypeStruct((1, 1, seq, 8), jnp.float32)
+    run = jax.jit(with_gradients(functools.partial(divided_attention, block=block)))
+    temporary = run.lower(*[shape] * 4).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * seq * seq / 8
+    plain = jax.jit(with_gradients(plain_attention)).lower(*[shape] * 4).compile()
+    assert plain.memory_analysis().temp_size_in_bytes > 4 * seq * seq
+
+
+def test_invisible_blocks_are_not_in_the_list():
+    assert causal_pairs(24, 4).count == 6 * 7 // 2
+    assert all_pairs(8, 24, 4).count == 2 * 6
+    places = chunk_places(2, "zigzag")
+    count, pair = causal_pairs(16, 2, places)
+    table = np.stack(jax.vmap(pair)(jnp.arange(count)), axis=1)
+    text = np.asarray([0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11])
+    assert len(table) == 8 * 9 // 2
+    np.testing.assert_array_equal(text[table[:, 0]] - text[table[:, 1]], table[:, 2])
+    assert (table[:, 2] >= 0).all()
+    assert len(np.unique(table, axis=0)) == count
+
+
+def test_block_sizes():
+    assert [block_size(*x) for x in ((12, 512), (1024, 512), (1536, 1000), (96, 64))] == [
+        12, 512, 768, 48,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"1021.*no divisor from 64 to 512.*512 and 1024"):
+        block_size(1021, 512)
+    for wrong in (0, True, 2.0):
+        with pytest.raises(ValueError, match="block must be"):
+            block_size(8, wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": (2, 4, 24, 8)}, "divisor of heads"),
+        ({"key": (2, 2, 23, 8)}, "expected queries"),
+        ({"value": (2, 1, 24, 8)}, "expected queries"),
+        ({"query": (2, 24, 8)}, "expected queries"),
+    ],
+)
+def test_refuses_arrays_that_do_not_fit(change, message):
+    shapes = {"query": (2, 6, 24, 8), "key": (2, 2, 24, 8), "value": (2, 2, 24, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        divided_attention(**{name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+
+def test_refuses_words_it_does_not_know():
+    x = jnp.zeros((1, 1, 4, 2))
+    with pytest.raises(ValueError, match=r"form must be one of.*'star'"):
+        divided_attention(x, x, x, "star")
+    with pytest.raises(ValueError, match=r"order must be one of.*'spiral'"):
+        divided_attention(x, x, x, order="spiral")
+    with pytest.raises(ValueError, match="one float dtype"):
+        divided_attention(x, x.astype(jnp.bfloat16), x)
