@@ -88,7 +88,7 @@ def fit(
             over = " × ".join(f"{axis!r} (size {mesh.shape[axis]})" for axis in axes)
             raise ValueError(
                 f"{path}: dim {dim} of shape {shape} has size {shape[dim]}, which mesh axis {over} "
-                f"does not divide; make it a multiple of {parts}, or leave this dim whole by "
+                f"does not divide; {_nearest(shape[dim], parts)}; or leave this dim whole by "
                 "mapping its name to None or with on_indivisible='replicate'"
             )
         if notes is not None:
@@ -96,6 +96,14 @@ def fit(
         if on_indivisible == "replicate":
             entries[dim] = None
     return P(*entries)
+
+
+def _nearest(size: int, parts: int) -> str:
+    """The nearest sizes that so many parts divide, and the most parts that divide this one."""
+    below = size // parts * parts
+    sizes = " or ".join(str(n) for n in (below, below + parts) if n > 0)
+    fewer = max(n for n in range(1, parts) if size % n == 0)
+    return f"make it {sizes}" + (f"; divide it over {fewer}" if fewer > 1 else "")
 
 
 def log_notes(notes: list[Note]) -> None:

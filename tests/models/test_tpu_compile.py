@@ -1,6 +1,7 @@
 """The decoder's gradients compiled ahead of time for a TPU slice; needs libtpu, no TPU."""
 
 import importlib.util
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -64,3 +65,51 @@ def test_gradients_per_worker(slice_16, fsdp):
     assert not [c for c in found if c.kind == "all-gather" and num_chunks in c.loops]
     logits = 4 // fsdp * seq * config.vocab_size // 4 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < logits
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+def test_collectives_of_a_layer(sequence):
+    """Two sums over the axis forward and two backward; or as many gathers and scatters.
+
+    Megatron's count: backward, what the norms gave is gathered again for the kernels' gradients.
+    """
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh = make_mesh({"data": 2, "model": 4}, devices=devices)
+    rules = presets.tensor()
+    rules = presets.sequence_parallel(rules) if sequence else rules
+    batch, seq, layers = 8, 256, 3
+    config = TransformerConfig(
+        vocab_size=8192, num_layers=layers, embed_dim=512, num_heads=8, num_kv_heads=4,
+        head_dim=64, mlp_dim=1024, dtype="bfloat16", flatten_tokens=not sequence,
+    )  # fmt: skip
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    placed = shardings(specs(params, mesh, rules), mesh)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed
+    )
+    by_data = NamedSharding(mesh, P("data"))
+    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32, sharding=by_data)
+
+    @jax.jit
+    def run(params, tokens):
+        with use_rules(mesh, rules):
+            return jax.value_and_grad(
+                lambda p: next_token_loss(nnx.merge(graphdef, p), tokens, tokens)
+            )(params)
+
+    found = collectives(run.lower(params, tokens).compile(), mesh)
+    over = [c for c in found if "model" in c.axes]
+    whole = batch // 2 * seq * config.embed_dim * 2
+    inside = Counter((c.kind, c.operand_bytes) for c in over if c.loops == (layers,))
+    if sequence:
+        assert inside == {
+            ("all-gather", (whole // 4,)): 2 + 2 + 2,
+            ("reduce-scatter", (whole,)): 2 + 2,
+        }
+    else:
+        assert inside == {("all-reduce", (whole,)): 2 + 2}
+    # The embedded tokens, and the loss's exchanges: no table, no logits.
+    logits = batch // 2 * seq * config.vocab_size // 4 * 4
+    assert max(size for c in over for size in c.operand_bytes) == whole < logits

@@ -201,7 +201,7 @@ class Transformer(nnx.Module):
             return nnx.merge(graphdef, state)(x, table, key, cache, start)
 
         xs = (nnx.to_pure_dict(state), keys, None if cache is None else cache.layers)
-        body = _remat(body, c)
+        body = remat(body, c)
         x, layers = jax.lax.scan(body, x, xs, unroll=c.num_layers if c.unroll else 1)
         if cache is not None:
             cache = Cache(layers, cache.length + seq)
@@ -216,7 +216,8 @@ class Transformer(nnx.Module):
             raise ValueError(f"tokens: {tokens.shape[1]} positions; expected 1 to {limit} ({name})")
 
 
-def _remat(body: Any, config: TransformerConfig) -> Any:
+def remat(body: Any, config: TransformerConfig) -> Any:
+    """``body`` with what ``config.remat`` says computed again in its backward pass."""
     if config.remat == "none":
         return body
     policies = jax.checkpoint_policies
