@@ -168,7 +168,7 @@ class CoCoA(Method):
         num_workers = max(rows.grid)
         gamma = 1 / num_workers if self.gamma is None else self.gamma
         measured = self.sigma == "measured"
-        sigma = state.sigma if measured else self.sigma or gamma * num_workers
+        sigma: Any = state.sigma if measured else self.sigma or gamma * num_workers
         samples = samples_of(problem)
         first = seed_of(state.key, state.num_rounds)
         seeds = first + jnp.arange(num_workers, dtype=jnp.uint32) * jnp.uint32(SPREAD)
