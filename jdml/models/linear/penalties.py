@@ -177,7 +177,9 @@ class L1Ball(_Constraint):
     separable = False
 
     def project(self, v):
-        return projections.projection_l1_ball(v, self.radius).astype(v.dtype)
+        # Optax's own branches, and a branch outside of jit is compiled at each call.
+        onto = jnp.sign(v) * projections.projection_simplex(jnp.abs(v), self.radius)
+        return jnp.where(jnp.sum(jnp.abs(v)) <= self.radius, v, onto).astype(v.dtype)
 
     def lmo(self, gradient):
         flat = gradient.ravel()
