@@ -76,7 +76,7 @@ def adasum(axis: Axis, codec: Codec | None = None) -> optax.GradientTransformati
                 key = jax.random.fold_in(keys[0], number) if keys else None
                 # Each leaf is cut into K chunks by itself, so that all workers' chunks are divided
                 # over the leaves in the same way.
-                parts = [in_chunks(_vector(leaves[i]), num_workers, 1) for i in members]
+                parts = [in_chunks(_vector(leaves[i]), num_workers, Values()) for i in members]
                 combined = _combine(parts, axis, wire_format, key)
                 for i, part in zip(members, combined, strict=True):
                     whole = part.reshape(-1)[: leaves[i].size].reshape(leaves[i].shape)
@@ -107,7 +107,7 @@ def _combine(
     names = (axis,) if isinstance(axis, str) else axis
     ends = list(itertools.accumulate(part.shape[1] for part in parts))
     rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % codec.granularity)))
+    rows = jnp.pad(rows, ((0, 0), (0, codec.whole(rows.shape[1]) - rows.shape[1])))
     length = rows.shape[1]
     key_out = key_back = None
     if key is not None:

@@ -133,7 +133,7 @@ class Relabel:
         size = num_batches * math.prod(shape.shape)
         values = 4 * size
         if self.codec is not None:
-            values = self.codec.payload_bytes(size + -size % self.codec.granularity)
+            values = self.codec.payload_bytes(self.codec.whole(size))
         # Whole inputs: they are not divided over other axes on the way.
         asked = num_batches * sum(_nbytes(x) for x in jax.tree.leaves(inputs[0]))
         asked = 0 if self.common_inputs else asked // self.num_workers

@@ -27,16 +27,16 @@ def map_in_buckets(
       exchange: Takes the bucket's index and one f32 vector per entry of ``trees``; returns as many
         of the same length.
       trees: Lists of leaves, equal in shape from list to list.
-      codec: Each leaf starts at a multiple of its granularity, so that no block holds two leaves.
+      codec: Each leaf is filled up to what it takes for whole, mostly whole blocks, so that no
+        block holds two leaves.
       bucket_elements: Greatest length of a bucket that holds more than one leaf.
 
     Returns:
       As many lists of f32 leaves; an empty leaf comes back empty.
     """
-    granularity = codec.granularity
     width = tile_width(codec) if traced_for_tpu() else None
     outputs = [[jnp.zeros(x.shape, jnp.float32) for x in leaves] for leaves in trees]
-    for number, members in enumerate(_plan(trees, granularity, bucket_elements)):
+    for number, members in enumerate(_plan(trees, codec, bucket_elements)):
         vectors = [_join([leaves[i] for i in members], codec, width) for leaves in trees]
         results = exchange(number, *vectors)
         for out, vector in zip(outputs, results, strict=True):
@@ -44,7 +44,7 @@ def map_in_buckets(
             for i in members:
                 leaf = trees[0][i]
                 out[i] = _shaped(vector[start:], leaf.shape, width)
-                start += _ceil(_length(leaf.shape, width), granularity)
+                start += codec.whole(_length(leaf.shape, width))
     return tuple(outputs)
 
 
@@ -65,7 +65,7 @@ def plan(kinds: Sequence[Hashable], lengths: Sequence[int], limit: int) -> list[
 
 
 def _plan(
-    trees: Sequence[Sequence[jax.Array]], granularity: int, bucket_elements: int
+    trees: Sequence[Sequence[jax.Array]], codec: Codec, bucket_elements: int
 ) -> list[list[int]]:
     """Groups leaf indices; a bucket holds only leaves that vary over the same mesh axes.
 
@@ -75,19 +75,13 @@ def _plan(
     kinds = [
         frozenset[str]().union(*map(varying_axes, leaves)) for leaves in zip(*trees, strict=True)
     ]
-    return plan(kinds, [_ceil(leaf.size, granularity) for leaf in trees[0]], bucket_elements)
-
-
-def _ceil(size: int, granularity: int) -> int:
-    return math.ceil(size / granularity) * granularity
+    return plan(kinds, [codec.whole(leaf.size) for leaf in trees[0]], bucket_elements)
 
 
 def _join(leaves: Sequence[jax.Array], codec: Codec, width: int | None) -> jax.Array:
-    """Flat f32 leaves one after the other, each filled up to whole blocks."""
-    parts = [
-        fill_up(_flat(leaf.astype(jnp.float32), width), codec.granularity, codec.fill)
-        for leaf in leaves
-    ]
+    """Flat f32 leaves one after the other, each filled up."""
+    flat = [_flat(leaf.astype(jnp.float32), width) for leaf in leaves]
+    parts = [fill_up(x, codec.whole(x.size), codec.fill) for x in flat]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 

@@ -145,18 +145,23 @@ def predict(
 
 def _row_bytes(codec: Codec | None, elements: float) -> int:
     codec = codec or Values()
-    return codec.payload_bytes(math.ceil(elements / codec.granularity) * codec.granularity)
+    return codec.payload_bytes(codec.whole(math.ceil(elements)))
+
+
+def _chunk_bytes(k: int, d: int, codec: Codec | None) -> int:
+    """Of one of ``k`` parts into which a vector of whole blocks is cut."""
+    return _row_bytes(codec, (codec or Values()).whole(d) / k)
 
 
 def _two_phase(k: int, d: int, codec: Codec | None) -> _Plan:
     sent = -(-8 * (k - 1) * d // k)
     if codec is not None:
-        sent = 2 * (k - 1) * _row_bytes(codec, d / k)
+        sent = 2 * (k - 1) * _chunk_bytes(k, d, codec)
     return _Plan(2 * (k - 1), sent, sent, 3 * d + d / k if k > 1 else 0)
 
 
 def _ring(k: int, d: int, codec: Codec | None) -> _Plan:
-    sent = 2 * (k - 1) * _row_bytes(codec, d / k)
+    sent = 2 * (k - 1) * _chunk_bytes(k, d, codec)
     return _Plan(2 * (k - 1), sent, sent, 3 * d - d / k if k > 1 else 0)
 
 
@@ -190,9 +195,9 @@ def _broadcast(k: int, d: int, codec: Codec | None) -> _Plan:
 
 
 def _hierarchical(slow: int, fast: int, d: int, codec: Codec | None) -> tuple[_Plan, _Plan]:
-    granularity = 1 if codec is None else codec.granularity
-    chunk = math.ceil(d / (fast * granularity)) * granularity
-    across = _two_phase(slow, chunk, codec or Values())
+    words = codec or Values()
+    chunk = words.whole(math.ceil(words.whole(d) / fast))
+    across = _two_phase(slow, chunk, words)
     sent = 2 * (fast - 1) * 4 * chunk
     return across, _Plan(2 * (fast - 1), sent, sent, 0)
 

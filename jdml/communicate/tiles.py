@@ -95,7 +95,9 @@ def in_tiles(exchange: Exchange) -> Exchange:
         matrix, multiple = vector.reshape(-1, width), 1
         if traced_for_tpu() and filled_up(len(matrix), SUBLANES * num_workers):
             multiple = SUBLANES
-        elif codec.elementwise and len(matrix) % num_workers:
+        elif codec.whole(1) < max(width, codec.granularity) and len(matrix) % (
+            num_workers * max(codec.granularity // width, 1)
+        ):
             return exchange(vector, axis, codec, key, feedback)  # whole rows would be more to say
         out = exchange(matrix, axis, InTiles(codec, width, multiple), key, feedback)
         if traced_for_tpu():

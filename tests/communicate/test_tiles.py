@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdml.communicate import buckets, error_feedback, tiles
 from jdml.communicate.buckets import map_in_buckets
-from jdml.communicate.codecs import bf16, int4, int8, top_k
+from jdml.communicate.codecs import bf16, e3m0, int4, int8, top_k
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES
 from jdml.communicate.collectives.payloads import in_chunks
 from jdml.communicate.tiles import in_tiles, tile_width
@@ -19,6 +19,7 @@ def test_a_matrix_has_the_codecs_blocks_for_rows_if_tpu_tiles_hold_them():
     assert tile_width(int8()) == 256
     assert tile_width(int4()) == 128
     assert tile_width(bf16()) == 128
+    assert tile_width(e3m0()) == 512
     assert tile_width(int8(100)) is None
     assert tile_width(top_k(0.01)) is None
 
@@ -42,6 +43,23 @@ def test_says_the_same_in_tiles(topology, codec):
     (mean, error), (mean_in_tiles, error_in_tiles) = jax.jit(mapped)(x)
     np.testing.assert_array_equal(mean_in_tiles, mean)
     np.testing.assert_array_equal(error_in_tiles, error)
+
+
+def test_a_vector_whose_rows_end_in_short_blocks_is_no_matrix():
+    mesh = make_mesh({"data": 4}, devices=jax.devices()[:4])
+    shapes = []
+
+    def exchange(x, axis, codec, key, feedback):
+        shapes.append((*x.shape, in_chunks(x, 4, codec).shape[1]))
+        return x, None
+
+    def both(x):
+        for codec, size in ((e3m0(128), 3072), (e3m0(128), 3200), (int4(128), 3200)):
+            in_tiles(exchange)(x[:size], "data", codec, None, None)
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=P(), out_specs=P())
+    jax.eval_shape(mapped, jax.ShapeDtypeStruct((3200,), jnp.float32))
+    assert shapes == [(24, 128, 6), (3200, 800), (25, 128, 8)]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +105,7 @@ def test_on_tpu_chunks_of_long_vectors_are_whole_tiles(monkeypatch):
     lengths = []
 
     def exchange(matrix, axis, codec, key, feedback):
-        lengths.append(in_chunks(matrix, 4, codec.granularity).shape[1])
+        lengths.append(in_chunks(matrix, 4, codec).shape[1])
         return matrix, None
 
     def both(x):

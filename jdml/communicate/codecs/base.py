@@ -79,7 +79,7 @@ class Codec(abc.ABC):
             raise ValueError(f"{self}.encode draws random numbers; pass key=jax.random.key(...).")
         if x.size == 0:
             return Encoded((), x.shape, x.dtype)
-        row = fill_up(x.astype(jnp.float32).reshape(-1), self.granularity, self.fill)
+        row = fill_up(x.astype(jnp.float32).reshape(-1), self.whole(x.size), self.fill)
         return Encoded(self.encode_rows(row[None], key), x.shape, x.dtype)
 
     def decode(self, encoded: Encoded) -> jax.Array:
@@ -89,22 +89,31 @@ class Codec(abc.ABC):
             size *= n
         if size == 0:
             return jnp.zeros(encoded.shape, encoded.dtype)
-        length = size + -size % self.granularity
-        row = self.decode_rows(encoded.payload, length)[0, :size]
+        row = self.decode_rows(encoded.payload, self.whole(size))[0, :size]
         return row.reshape(encoded.shape).astype(encoded.dtype)
 
     def bits_per_element(self, size: int) -> float:
         """Bits on the wire for each element of an array of ``size`` elements."""
-        return 8 * self.payload_bytes(size + -size % self.granularity) / size
+        return 8 * self.payload_bytes(self.whole(size)) / size
 
     @property
     @abc.abstractmethod
     def granularity(self) -> int:
-        """Row lengths must be a multiple of this (a block size); callers fill up, see ``fill``."""
+        """Rows of a multiple of this length are whole blocks, and need nothing to fill them up."""
+
+    def whole(self, length: int) -> int:
+        """The length of a row that says ``length`` elements; callers fill up, see ``fill``.
+
+        A multiple of :attr:`granularity`, unless the codec knows rows of other lengths.
+        """
+        return length + -length % self.granularity
 
     @abc.abstractmethod
     def encode_rows(self, rows: jax.Array, key: jax.Array | None = None) -> Payload:
-        """Payload of ``rows``, f32 ``[num_rows, length]``; NaN and infinity must survive."""
+        """Payload of ``rows``, f32 ``[num_rows, length]``; NaN and infinity must survive.
+
+        ``length`` is one that :meth:`whole` gives, or a sum of such.
+        """
 
     @abc.abstractmethod
     def decode_rows(self, payload: Payload, length: int) -> jax.Array:
@@ -123,12 +132,12 @@ class Codec(abc.ABC):
         return total if divisor == 1 else total / divisor
 
 
-def fill_up(x: jax.Array, granularity: int, fill: Literal["zeros", "wrap"]) -> jax.Array:
-    """A vector lengthened to a multiple of ``granularity``.
+def fill_up(x: jax.Array, length: int, fill: Literal["zeros", "wrap"]) -> jax.Array:
+    """A vector lengthened to ``length``.
 
     Joined rather than padded: XLA's CPU code for a fused pad decides element by element.
     """
-    missing = -x.size % granularity
+    missing = length - x.size
     if not missing:
         return x
     if fill == "zeros":

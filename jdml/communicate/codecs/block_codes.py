@@ -41,9 +41,9 @@ class BlockCodes(Codec):
         """Bits of a code: 1, 2, 4 or 8."""
 
     @property
-    def num_scales(self) -> int:
-        """How many f32 numbers a block sends."""
-        return 1
+    def scale_bytes(self) -> int:
+        """Bytes of what a block sends besides its codes."""
+        return 4
 
     @abc.abstractmethod
     def measure(self, blocks: jax.Array) -> dict[str, jax.Array]:
@@ -68,13 +68,18 @@ class BlockCodes(Codec):
     def fused(self) -> bool:
         """Whether the TPU kernel may encode.
 
-        The one scale is the absolute maximum, called ``largest``; nothing is drawn; a block is one
-        line; and ``grid`` and ``to_codes`` are elementwise, of f32 and int32 arithmetic.
+        What a block sends is made of its absolute maximum (``of_largest``); nothing is drawn; a
+        block is one line; and ``of_largest``, ``grid`` and ``to_codes`` are elementwise, of f32 and
+        int32 arithmetic.
         """
         return False
 
+    def of_largest(self, top: jax.Array) -> dict[str, jax.Array]:
+        """What :meth:`measure` gives, of a codec that is ``fused``, from the absolute maxima."""
+        return {"largest": top}
+
     def _codes_of(self, x: jax.Array, top: jax.Array) -> jax.Array:
-        return self.to_codes(x, self.grid({"largest": top}), None)
+        return self.to_codes(x, self.grid(self.of_largest(top)), None)
 
     @property
     def granularity(self) -> int:
@@ -86,7 +91,7 @@ class BlockCodes(Codec):
         blocks = rows.reshape(shape)
         if self.fused and kernels_run_here() and kernel.fits(shape, self.width):
             codes, top = kernel.encode_blocks(blocks, self.width, self._codes_of)
-            return {"codes": codes, "largest": top}
+            return {"codes": codes, **self.of_largest(top)}
         scales = self.measure(blocks)
         lines = rows.reshape(rows.shape[0], -1, self.block // self.lines_per_block)
         runs = cut((lines, self._grid_of_lines(scales)), 8 // self.width)
@@ -129,7 +134,7 @@ class BlockCodes(Codec):
         return jax.tree.map(of_lines, self.grid(scales))
 
     def payload_bytes(self, length: int) -> int:
-        return length * self.width // 8 + 4 * self.num_scales * (length // self.block)
+        return length * self.width // 8 + self.scale_bytes * (length // self.block)
 
 
 class PartsOfLargest(BlockCodes):

@@ -44,8 +44,8 @@ class BlockInt(BlockCodes):
         return self.scaling == "absmax" and self.rounding == "nearest"
 
     @property
-    def num_scales(self) -> int:
-        return 1 if self.scaling == "absmax" else 2
+    def scale_bytes(self) -> int:
+        return 4 if self.scaling == "absmax" else 8
 
     @property
     def num_steps(self) -> int:

@@ -33,8 +33,8 @@ class OneBit(BlockCodes):
         return 1
 
     @property
-    def num_scales(self) -> int:
-        return 1 if self.scale == "mean" else 2
+    def scale_bytes(self) -> int:
+        return 4 if self.scale == "mean" else 8
 
     def measure(self, blocks: jax.Array) -> dict[str, jax.Array]:
         # Lifted, the largest lies between 2^-80 and 2^80: no sum overflows, and none that counts is

@@ -90,14 +90,14 @@ class Sparse(Codec):
         slots = self.num_slots(length)
         if self.values is None:
             return self.index_bytes(length) + 4 * slots
-        whole = slots + -slots % self.values.granularity
+        whole = self.values.whole(slots)
         return self.index_bytes(length) + self.values.payload_bytes(whole)
 
     def _entries(self, payload: Payload, length: int) -> tuple[jax.Array, jax.Array]:
         """Elements and their f32 values, ``[num_rows, num_slots]`` each."""
         slots, values = self.num_slots(length), payload["values"]
         if self.values is not None:
-            whole = slots + -slots % self.values.granularity
+            whole = self.values.whole(slots)
             values = self.values.decode_rows(values, whole)[:, :slots]
         gain = self.gain(length)
         if gain != 1:
@@ -109,7 +109,7 @@ class Sparse(Codec):
     @staticmethod
     def _whole_blocks(kept: jax.Array, codec: Codec) -> jax.Array:
         """Rows of values filled up as the codec wants it."""
-        missing = -kept.shape[1] % codec.granularity
+        missing = codec.whole(kept.shape[1]) - kept.shape[1]
         if not missing:
             return kept
         if codec.fill == "zeros":

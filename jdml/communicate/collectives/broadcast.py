@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.checks import Content
 from jdml.communicate.collectives.equal import claim_equal
-from jdml.communicate.collectives.payloads import Axis, carried, finite, in_chunks, key_of
+from jdml.communicate.collectives.payloads import (
+    Axis,
+    Values,
+    carried,
+    finite,
+    in_chunks,
+    key_of,
+)
 from jdml.communicate.collectives.rows import exchange_rows
 from jdml.communicate.permute import permute
 from jdml.communicate.wire import per_worker
@@ -100,7 +107,7 @@ def _chain(
     buffer: jax.Array, axis: Axis, root: int, rank: jax.Array, num_workers: int, num_pieces: int
 ) -> jax.Array:
     """While a worker passes one piece on, it hears the next."""
-    pieces = in_chunks(buffer.reshape(-1), num_pieces, 1)
+    pieces = in_chunks(buffer.reshape(-1), num_pieces, Values())
     pairs = _from(root, [(r, r + 1) for r in range(num_workers - 1)], num_workers)
 
     def turn(t: jax.Array, pieces: jax.Array) -> jax.Array:

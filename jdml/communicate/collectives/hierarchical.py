@@ -40,7 +40,7 @@ def hierarchical(
     assert isinstance(axis, tuple)
     slow, fast = axis[:-1], axis[-1]
     num_fast = jax.lax.axis_size(fast)
-    rows = in_chunks(per_worker(vector, axis), num_fast, codec.granularity)
+    rows = in_chunks(per_worker(vector, axis), num_fast, codec)
     chunk = sum_scattered(rows, fast)[0] / num_fast
     owed: jax.Array | None = None
     if jax.lax.axis_size(slow) > 1:

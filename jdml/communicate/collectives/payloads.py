@@ -83,9 +83,9 @@ def sum_scattered(rows: jax.Array, axis: Axis) -> jax.Array:
     return total.reshape(1, -1)[:, :length].reshape(1, *rows.shape[1:])
 
 
-def in_chunks(vector: jax.Array, num_chunks: int, granularity: int) -> jax.Array:
-    """``[num_chunks, length, ...]``, filled up with whole blocks of zeros."""
-    fill = -len(vector) % (num_chunks * granularity)
+def in_chunks(vector: jax.Array, num_chunks: int, codec: Codec) -> jax.Array:
+    """``[num_chunks, length, ...]``, rows that the codec takes for whole, filled up with zeros."""
+    fill = num_chunks * codec.whole(-(-len(vector) // num_chunks)) - len(vector)
     if fill:
         vector = jnp.concatenate([vector, jnp.zeros((fill, *vector.shape[1:]), vector.dtype)])
     return vector.reshape(num_chunks, -1, *vector.shape[1:])

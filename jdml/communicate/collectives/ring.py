@@ -35,7 +35,7 @@ def ring(
     """
     num_workers, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     right = [(i, (i + 1) % num_workers) for i in range(num_workers)]
-    rows = in_chunks(per_worker(vector, axis), num_workers, codec.granularity)
+    rows = in_chunks(per_worker(vector, axis), num_workers, codec)
     length = rows.shape[1]
 
     def hop(

@@ -130,4 +130,5 @@ def _in_buckets(
 
 
 def _fill_up_rows(rows: jax.Array, codec: Codec) -> jax.Array:
-    return jax.vmap(lambda row: fill_up(row, codec.granularity, codec.fill))(rows)
+    length = codec.whole(rows.shape[1])
+    return jax.vmap(lambda row: fill_up(row, length, codec.fill))(rows)

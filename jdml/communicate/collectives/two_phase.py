@@ -26,7 +26,7 @@ def two_phase(
     Reference: Tang et al., "1-bit Adam", ICML 2021 (compressed all-reduce).
     """
     num_workers = jax.lax.axis_size(axis)
-    rows = in_chunks(vector, num_workers, codec.granularity)
+    rows = in_chunks(vector, num_workers, codec)
     total, error = scatter_sum(rows, axis, codec, key_of(key, 0))
     chunk = jax.lax.optimization_barrier(total / num_workers)
     mean, owed = say_chunks(chunk, axis, codec, key_of(key, 1), feedback)
