@@ -1,4 +1,4 @@
-"""Options of the local SGD experiment; by default nine runs of about 100 s on two CPU cores."""
+"""Options of the local SGD experiment; by default ten runs of about 100 s on two CPU cores."""
 
 import dataclasses
 from pathlib import Path

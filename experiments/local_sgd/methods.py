@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jdml.aggregate import average_params, mean_gradients, streaming_diloco
+from jdml.communicate import error_feedback
 from jdml.communicate.codecs import e3m0
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Method:
       outer: Learning rate and momentum of the outer Nesterov SGD; ``None`` for a plain average.
       num_fragments: Of streaming DiLoCo; 0 exchanges the whole model at once.
       compressed: Whether e3m0 floats are exchanged, rather than f32.
+      feedback: Whether what they lose is added to the next exchange.
     """
 
     peak: float
@@ -32,17 +34,21 @@ class Method:
     outer: tuple[float, float] | None = None
     num_fragments: int = 0
     compressed: bool = False
+    feedback: bool = False
 
     @property
     def codec(self):
-        """4.25 bits an element, and what fills leaves up to whole blocks."""
-        return e3m0() if self.compressed else None
+        """4 bits an element, and a byte for a block of 512."""
+        if not self.compressed:
+            return None
+        return error_feedback(e3m0()) if self.feedback else e3m0()
 
 
 SYNCHRONOUS = "synchronous"
 DILOCO = "DiLoCo H=50"
 STREAMING = "streaming DiLoCo H=50"
 E3M0 = ", e3m0"
+FEEDBACK = ", error feedback"
 FRAGMENTS, DELAY, MIXING = 4, 5, 0.5
 
 METHODS = {
@@ -53,6 +59,7 @@ METHODS = {
     "H=64": Method(16e-3, 64),
     DILOCO: Method(12e-3, 50, (0.7, 0.8)),
     DILOCO + E3M0: Method(12e-3, 50, (0.7, 0.8), compressed=True),
+    DILOCO + E3M0 + FEEDBACK: Method(12e-3, 50, (0.7, 0.8), compressed=True, feedback=True),
     STREAMING: Method(12e-3, 50, (0.7, 0.9), FRAGMENTS),
     STREAMING + E3M0: Method(12e-3, 50, (0.7, 0.9), FRAGMENTS, compressed=True),
 }

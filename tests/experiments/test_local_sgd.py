@@ -9,10 +9,22 @@ from rich.console import Console
 
 from experiments.local_sgd import run
 from experiments.local_sgd.config import Config
-from experiments.local_sgd.methods import DILOCO, E3M0, METHODS, STREAMING, SYNCHRONOUS, chain
+from experiments.local_sgd.methods import (
+    DILOCO,
+    E3M0,
+    FEEDBACK,
+    METHODS,
+    STREAMING,
+    SYNCHRONOUS,
+    chain,
+)
+from experiments.local_sgd.report import exchanged
 from experiments.local_sgd.search import candidates
+from jdml.communicate import Link, predict
+from jdml.communicate.codecs import e3m0
 from jdml.models import TransformerConfig
 
+LINK = Link(latency=0.0, bandwidth=1.0)
 CHOSEN = (SYNCHRONOUS, DILOCO + E3M0, STREAMING)
 TINY = TransformerConfig(
     num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, remat="none"
@@ -60,7 +72,13 @@ def test_bytes_are_those_of_the_rounds(config, rows):
     at = {row["step"]: row["bytes_per_step"] - loss for row in rows[DILOCO + E3M0]}
     assert [step for step, sent in at.items() if sent] == [50, 100]
     assert at[50] == at[100]
-    assert model / 8 < at[50] < model / 5  # scales, and small leaves filled up to whole blocks
+    assert at[50] == predict("two_phase", workers, TINY.num_params, e3m0(), LINK).sent_bytes
+    assert model / 8 < at[50] < model / 7.9  # a byte of scale for every 512 elements
+    for name in CHOSEN:
+        last = rows[name][-1]
+        assert exchanged(config, last) == last["bytes_sent"] - steps * loss
+        per_step = {row["bytes_per_step"] for row in rows[name]}
+        assert min(per_step) == (loss if name != SYNCHRONOUS else model + loss)
     for name in CHOSEN:
         evaluated = [row["step"] for row in rows[name] if "val_loss" in row]
         assert evaluated == [50, 100]
@@ -97,8 +115,10 @@ def test_names_and_searches():
         if found:  # what is trained was among what was tried
             assert METHODS[name] in [method for _, method in found]
         else:
-            plain = METHODS[name.removesuffix(E3M0)]
-            assert dataclasses.replace(plain, compressed=True) == METHODS[name]
+            plain = METHODS[name.removesuffix(FEEDBACK).removesuffix(E3M0)]
+            feedback = name.endswith(FEEDBACK)
+            again = dataclasses.replace(plain, compressed=True, feedback=feedback)
+            assert again == METHODS[name]
     assert Config().quickly().steps == 128
 
 
