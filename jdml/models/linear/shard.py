@@ -172,8 +172,8 @@ def _layout(
     if feature_parts is None:
         # Only after the last, so that the answer is w[:d] whether it is asked for its order or not.
         wide = -(-d // grid[1])
-        columns = np.arange(wide * grid[1])
-        columns = np.where(columns < d, columns, -1).reshape(grid[1], wide)
+        number = np.arange(wide * grid[1]).reshape(grid[1], wide)
+        columns = np.where(number < d, number, -1)
     else:
         columns = _filled_up(_checked_parts(caller, feature_parts, grid[1], d, "columns"))
     if columns.size > d and problem.penalty.name not in CENTRED:
