@@ -13,6 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jdml.sharding.paths import path_str
+from jdml.sharding.region import varying_axes as varying_axes
 
 PyTree = Any
 
@@ -88,13 +89,3 @@ def varies(x: jax.Array, axis: str | tuple[str, ...]) -> bool:
     """Whether JAX's type of ``x`` says that it may differ along ``axis`` (inside ``shard_map``)."""
     names = (axis,) if isinstance(axis, str) else axis
     return not varying_axes(x).isdisjoint(names)
-
-
-def varying_axes(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
-    """Mesh axes along which JAX's type of ``x`` says that it may differ.
-
-    The one place that reads this young attribute. ``x`` may be what ``jax.eval_shape`` returns.
-    """
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return frozenset(x.manual_axis_type.varying)
-    return frozenset(jax.typeof(x).mat.varying)

@@ -58,24 +58,41 @@ def next_token_loss(
     Raises:
       ValueError: shapes that differ, or a chunk size below 1.
     """
+    hidden = model.hidden(inputs, key=key)
+    return loss_of_hidden(model, hidden, targets, mask, chunk_size=chunk_size)
+
+
+def loss_of_hidden(
+    model: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """``next_token_loss``, given what the head multiplies.
+
+    Args:
+      model: a ``LanguageModel``, whose head is used.
+      hidden: [batch, seq, embed], from ``model.hidden``.
+      targets, mask, chunk_size: as ``next_token_loss`` takes them.
+    """
+    positions = hidden.shape[:2]
     for name, array in (("targets", targets), ("mask", mask)):
-        if array is not None and array.shape != inputs.shape:
-            raise ValueError(
-                f"{name}: expected the shape of inputs {inputs.shape}, got {array.shape}"
-            )
+        if array is not None and array.shape != positions:
+            raise ValueError(f"{name}: expected the shape of inputs {positions}, got {array.shape}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    hidden = model.hidden(inputs, key=key)
     kernel = model.head_kernel()
     if chunk_size is None:
-        chunk_size = inputs.shape[1] if kernel.shape[1] <= _SMALL_VOCABULARY else _CHUNK_SIZE
-    weights = jnp.ones(inputs.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+        chunk_size = positions[1] if kernel.shape[1] <= _SMALL_VOCABULARY else _CHUNK_SIZE
+    weights = jnp.ones(positions, jnp.float32) if mask is None else mask.astype(jnp.float32)
 
     def total(kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
         loss = token_losses(model.logits(hidden, kernel), targets)
         return jnp.sum(jnp.where(weights > 0, loss * weights, 0.0))
 
-    seq = inputs.shape[1]
+    seq = positions[1]
     if chunk_size >= seq:
         sum_losses = total(kernel, hidden, targets, weights)
     else:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jdml.models import Transformer
-from jdml.models.transformer.presets import gpt2, llama3
+from jdml.models.transformer.presets import gpt2, llama3, mixtral
 
 # Of the released weights; GPT-2's "small" is often quoted as 124 M, "xl" as 1.5 B.
 PUBLISHED = {
@@ -17,6 +17,8 @@ PUBLISHED = {
     "gpt2 xl": (gpt2("xl"), 1_557_611_200),
     "llama3 8b": (llama3(), 8_030_261_248),
     "llama3 70b": (llama3("70b"), 70_553_706_496),
+    "mixtral 8x7b": (mixtral(), 46_702_792_704),
+    "mixtral 8x22b": (mixtral("8x22b"), 140_620_634_112),
 }
 
 
@@ -38,7 +40,7 @@ def test_fields_may_differ():
         gpt2(heads=3)
 
 
-@pytest.mark.parametrize("preset", [gpt2, llama3])
+@pytest.mark.parametrize("preset", [gpt2, llama3, mixtral])
 def test_other_sizes_are_refused(preset):
     with pytest.raises(ValueError, match=r"no size '13b'; expected one of"):
         preset("13b")

@@ -6,6 +6,9 @@ number of queries' heads: the copies are small beside the scores, and the head d
 over its mesh axis even where there are fewer key heads than devices. Decoding groups the queries
 instead, for there the keys and values are the large arrays.
 
+With ``config.attention`` other than ``"full"`` scores are computed block by block, and over a
+sequence that a mesh axis divides: ``jdml.models.attention``.
+
 References: Su et al., "RoFormer", 2021; Ainslie et al., "GQA", 2023.
 """
 
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdml.models.attention import divided_attention
 from jdml.models.transformer.config import TransformerConfig
 from jdml.models.transformer.layers import Dense
 from jdml.sharding import Without, constrain
@@ -73,6 +77,8 @@ class Attention(nnx.Module):
         kv_names = ("embed", "kv_heads", "head_dim")
         self.group = heads // kv_heads
         self.causal = config.causal
+        self.form = config.attention
+        self.order, self.block = config.seq_order, config.attention_block
 
         def into(num: int, names: tuple[str, ...]) -> Dense:
             outputs, key = (num, head), rngs.params()
@@ -111,9 +117,13 @@ class Attention(nnx.Module):
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
         value = _heads(self.value(x), "kv_heads")
-        if cache is None:
+        if cache is None and self.form == "full":
             key, value = _repeat(key, self.group), _repeat(value, self.group)
             mixed = attend(query, key, value, causal=self.causal)
+        elif cache is None:
+            mixed = divided_attention(
+                query, key, value, self.form, causal=self.causal, order=self.order, block=self.block
+            )
         else:
             cache = LayerCache(
                 jax.lax.dynamic_update_slice_in_dim(cache.keys, key, start, axis=2),

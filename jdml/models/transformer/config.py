@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+
+from jdml.models.experts.routing import Order
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 Norm = Literal["rms", "layer"]
 Positions = Literal["rotary", "learned"]
 Mlp = Literal["swiglu", "gelu"]
+Attention = Literal["full", "ring", "ulysses", "gather"]
+SeqOrder = Literal["contiguous", "zigzag"]
 
 _COUNTS = (
     "vocab_size",
@@ -21,6 +25,7 @@ _COUNTS = (
     "head_dim",
     "mlp_dim",
     "max_seq_len",
+    "attention_block",
 )
 
 
@@ -43,8 +48,21 @@ class TransformerConfig:
       norm: ``"rms"`` or ``"layer"``, before attention, before the MLP and before the head.
       positions: ``"rotary"``, in queries and keys; ``"learned"``, a table added to the embedding.
       mlp: ``"swiglu"``, with a gate; ``"gelu"``, without (the tanh form of GELU).
+      num_experts: the MLP becomes that many, each ``mlp_dim`` wide; None for one without a router.
+      experts_per_token: how many of them a token passes through.
+      capacity_factor: each expert takes ``⌈capacity_factor · experts_per_token · seq /
+        num_experts⌉`` tokens of a sequence and the rest is dropped; None drops none.
+      shared_experts: further experts, which all tokens pass through.
+      router: how logits become weights: softmax over those of the chosen experts (Mixtral), or over
+        all (Switch).
+      balance_weight, importance_weight, z_weight: of the routers' losses in ``training_loss``.
       bias: projections and LayerNorm have biases; the head and RMSNorm never do.
       causal: a position sees itself and those before it; without, all (an encoder).
+      attention: ``"full"``, all scores at once; or, in blocks and over a sequence that a mesh axis
+        divides, ``"ring"``, ``"ulysses"`` or ``"gather"`` (``jdml.models.attention``).
+      seq_order: ``"zigzag"`` where tokens and targets are in that order (``zigzag``), for equal
+        work on the devices of a ring.
+      attention_block: positions of a block of scores, at most, with attention other than full.
       rope_base: the slowest pair of a head turns once in about ``2π · rope_base`` positions.
       norm_epsilon: added to the mean square in RMSNorm, to the variance in LayerNorm.
       tie_embeddings: the head multiplies by the transposed embedding, and has no kernel.
@@ -71,8 +89,19 @@ class TransformerConfig:
     norm: Norm = "rms"
     positions: Positions = "rotary"
     mlp: Mlp = "swiglu"
+    num_experts: int | None = None
+    experts_per_token: int = 2
+    capacity_factor: float | None = None
+    shared_experts: int = 0
+    router: Order = "top_k_then_softmax"
+    balance_weight: float = 0.01
+    importance_weight: float = 0.0
+    z_weight: float = 0.001
     bias: bool = False
     causal: bool = True
+    attention: Attention = "full"
+    seq_order: SeqOrder = "contiguous"
+    attention_block: int = 512
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
@@ -108,9 +137,56 @@ class TransformerConfig:
             ("norm", ("rms", "layer")),
             ("positions", ("rotary", "learned")),
             ("mlp", ("swiglu", "gelu")),
+            ("attention", ("full", "ring", "ulysses", "gather")),
+            ("seq_order", ("contiguous", "zigzag")),
+            ("router", get_args(Order)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.attention == "full" and self.seq_order == "zigzag":
+            raise ValueError(
+                "seq_order='zigzag' needs attention='ring', 'gather' or 'ulysses': full attention "
+                "takes positions in the order of the text"
+            )
+        if self.attention != "full" and self.flatten_tokens:
+            raise ValueError(
+                f"attention={self.attention!r} is for a divided sequence, which flatten_tokens "
+                "would gather; set flatten_tokens=False"
+            )
+
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        for name, least in (("num_experts", 1), ("experts_per_token", 1), ("shared_experts", 0)):
+            value = getattr(self, name)
+            if name == "num_experts" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
+        for name in ("balance_weight", "importance_weight", "z_weight"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+        factor = self.capacity_factor
+        if factor is not None and not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(
+                f"capacity_factor must be positive and finite, or None to drop no token; got "
+                f"{factor!r}"
+            )
+        if self.num_experts is None:
+            if self.shared_experts or factor is not None:
+                raise ValueError(
+                    f"shared_experts={self.shared_experts} and capacity_factor={factor!r} need "
+                    "num_experts, which is None: set it, or leave them out"
+                )
+            return
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}: "
+                f"a token's experts are different ones; take at most {self.num_experts}"
+            )
+        if self.bias:
+            raise ValueError("experts have no biases: set bias=False, or num_experts=None")
 
     @property
     def compute_dtype(self) -> Any:
@@ -120,11 +196,21 @@ class TransformerConfig:
     @property
     def num_params(self) -> int:
         """Number of parameters, counted from the shapes."""
+        return self._num_params(self.num_experts)
+
+    @property
+    def num_active_params(self) -> int:
+        """Number of those that a token meets: of the experts the chosen and the shared ones."""
+        return self._num_params(self.num_experts and self.experts_per_token)
+
+    def _num_params(self, experts: int | None) -> int:
         embed, bias = self.embed_dim, int(self.bias)
         attention = 2 * embed * self.head_dim * (self.num_heads + self.num_kv_heads)
         attention += bias * (self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + embed)
         hidden = 2 if self.mlp == "swiglu" else 1
         mlp = (hidden + 1) * embed * self.mlp_dim + bias * (hidden * self.mlp_dim + embed)
+        if experts is not None and self.num_experts is not None:
+            mlp = mlp * (experts + self.shared_experts) + embed * self.num_experts
         norm = embed * (2 if self.norm == "layer" and self.bias else 1)
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size * embed
         if self.positions == "learned":

@@ -18,8 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jdml.models.attention import KEPT, attention_axis_size, positions, zigzag
+from jdml.models.experts import Balance
 from jdml.models.transformer.attention import Attention, LayerCache, Rotary, rotary
 from jdml.models.transformer.config import TransformerConfig
+from jdml.models.transformer.experts import Experts
 from jdml.models.transformer.layers import Dense, Embed, LearnedPositions, dropout, make_norm
 from jdml.models.transformer.mlp import make_mlp
 from jdml.sharding import Without, constrain
@@ -43,7 +46,7 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, rngs)
         self.mlp_norm = make_norm(config)
-        self.mlp = make_mlp(config, rngs)
+        self.mlp = make_mlp(config, rngs) if config.num_experts is None else Experts(config, rngs)
 
     def __call__(
         self,
@@ -53,12 +56,31 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """``x`` [batch, seq, embed] → the same, and the cache with these positions written."""
+        """``x`` [batch, seq, embed] → the same, and the cache with these positions written.
+
+        A mixture's losses are left out; ``run`` returns them.
+        """
+        return self.run(x, table, key, cache, start)[:2]
+
+    def run(
+        self,
+        x: jax.Array,
+        table: Rotary | None,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None, Balance | None]:
+        """What a call returns, and how evenly a mixture of experts is used (None without one)."""
         keys = (None, None) if key is None else jax.random.split(key)
         mixed, cache = self.attention(self.attention_norm(x), table, cache, start)
         x = constrain(x + dropout(mixed, self.rate, keys[0]), "batch", "seq", "embed")
-        x = x + dropout(self.mlp(self.mlp_norm(x)), self.rate, keys[1])
-        return constrain(x, "batch", "seq", "embed"), cache
+        balance = None
+        if isinstance(self.mlp, Experts):
+            mixed, balance = self.mlp(self.mlp_norm(x))
+        else:
+            mixed = self.mlp(self.mlp_norm(x))
+        x = x + dropout(mixed, self.rate, keys[1])
+        return constrain(x, "batch", "seq", "embed"), cache, balance
 
 
 class Transformer(nnx.Module):
@@ -117,8 +139,15 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: tokens that are not integers [batch, seq], or too long a sequence.
         """
+        return self.hidden_and_balance(tokens, key=key)[0]
+
+    def hidden_and_balance(
+        self, tokens: jax.Array, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Balance | None]:
+        """``hidden``, and the mean over layers of how evenly the experts are used, if any."""
         self._check(tokens, self.config.max_seq_len, "config.max_seq_len")
-        return self._run(tokens, key)[0]
+        x, _, balance = self._run(tokens, key)
+        return x, balance
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits of the token after the last one, given those in the cache.
@@ -133,7 +162,7 @@ class Transformer(nnx.Module):
         """
         capacity = cache.layers.keys.shape[3]
         self._check(tokens, capacity, "the cache's capacity")
-        x, cache = self._run(tokens, None, cache)
+        x, cache, _ = self._run(tokens, None, cache)
         last = self.logits(x[:, -1:], self.head_kernel())[:, 0]
         return jnp.where(cache.length <= capacity, last, jnp.nan), cache
 
@@ -170,42 +199,66 @@ class Transformer(nnx.Module):
         # Laid out as activations are: a loop over chunks would gather a divided kernel every time.
         return constrain(kernel.astype(self.config.compute_dtype), "embed", "vocab")
 
-    def _run(
-        self, tokens: jax.Array, key: jax.Array | None, cache: Cache | None = None
-    ) -> tuple[jax.Array, Any]:
+    def rotary_table(self, seq: int, start: jax.Array | int = 0) -> Rotary | None:
+        """Angles of the positions from ``start`` on, for the blocks; None without rotary ones."""
+        if self.config.positions != "rotary":
+            return None
+        places = start + positions(seq, self._zigzag_size(start), "zigzag")
+        return rotary(places, self.config.head_dim, self.config.rope_base)
+
+    def enter(
+        self, tokens: jax.Array, key: jax.Array | None = None, start: jax.Array | int = 0
+    ) -> jax.Array:
+        """What the first block is given: [batch, seq, embed] in the compute dtype.
+
+        Args:
+          tokens: int32 [batch, seq].
+          key: typed key for dropout; None switches it off.
+          start: position of ``tokens[:, 0]``.
+        """
         c = self.config
-        start: jax.Array | int = 0 if cache is None else cache.length
-        seq = tokens.shape[1]
-        table = None
-        if c.positions == "rotary":
-            table = rotary(start + jnp.arange(seq), c.head_dim, c.rope_base)
-        keys = None
-        if key is not None and c.dropout > 0:
-            key, embed_key = jax.random.split(key)
-            keys = jax.random.split(key, c.num_layers)
         # The sum over the axis of the vocabulary comes first: where that axis divides the positions
         # too, the partitioner would put the whole table together instead.
         x = constrain(
             self.embed(tokens, c.compute_dtype), "batch", Without("seq", "vocab"), "embed"
         )
         if self.positions is not None:
-            x = x + self.positions(start, seq, c.compute_dtype)
-        if keys is not None:
-            x = dropout(x, c.dropout, embed_key)
-        x = constrain(x, "batch", "seq", "embed")
+            vectors = self.positions(start, tokens.shape[1], c.compute_dtype)
+            x = x + zigzag(vectors, self._zigzag_size(start), dim=0)
+        return constrain(dropout(x, c.dropout, key), "batch", "seq", "embed")
+
+    def _run(
+        self, tokens: jax.Array, key: jax.Array | None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Any, Balance | None]:
+        c = self.config
+        start: jax.Array | int = 0 if cache is None else cache.length
+        seq = tokens.shape[1]
+        table = self.rotary_table(seq, start)
+        keys: jax.Array | None = None
+        embed_key: jax.Array | None = None
+        if key is not None and c.dropout > 0:
+            key, embed_key = jax.random.split(key)
+            keys = jax.random.split(key, c.num_layers)
+        x = self.enter(tokens, embed_key, start)
 
         graphdef, state = nnx.split(self.layers)
 
         def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
             state, key, cache = xs
-            return nnx.merge(graphdef, state)(x, table, key, cache, start)
+            x, cache, balance = nnx.merge(graphdef, state).run(x, table, key, cache, start)
+            return x, (cache, balance)
 
         xs = (nnx.to_pure_dict(state), keys, None if cache is None else cache.layers)
         body = remat(body, c)
-        x, layers = jax.lax.scan(body, x, xs, unroll=c.num_layers if c.unroll else 1)
+        x, (layers, balance) = jax.lax.scan(body, x, xs, unroll=c.num_layers if c.unroll else 1)
         if cache is not None:
             cache = Cache(layers, cache.length + seq)
-        return self.norm(x), cache
+        return self.norm(x), cache, jax.tree.map(jnp.mean, balance)
+
+    def _zigzag_size(self, start: jax.Array | int) -> int:
+        """Over how many devices the tokens are in zig-zag order; a cache (``start``) is in none."""
+        in_order = self.config.seq_order == "contiguous" or not isinstance(start, int)
+        return 1 if in_order else attention_axis_size()
 
     def _check(self, tokens: jax.Array, limit: int, name: str) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -222,5 +275,12 @@ def remat(body: Any, config: TransformerConfig) -> Any:
         return body
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    if policy is not None and config.attention != "full":
+        # Nothing goes over the wire a third time.
+        policy = policies.save_from_both_policies(policy, policies.save_only_these_names(KEPT))
+    if policy is not None and config.num_experts is not None:
+        # Experts' products are batched, and an exchange costs more than a product.
+        names = policies.save_only_these_names("experts.product", "experts.exchanged")
+        policy = policies.save_from_both_policies(policy, names)
     # A loop's body cannot be merged with its recomputation; written-out layers can.
     return jax.checkpoint(body, policy=policy, prevent_cse=config.unroll)

@@ -22,6 +22,11 @@ _LLAMA3 = {
     "8b": (32, 32, 4096, 14_336),
     "70b": (80, 64, 8192, 28_672),
 }
+# Layers, heads, width, hidden units of an expert, words, positions.
+_MIXTRAL = {
+    "8x7b": (32, 32, 4096, 14_336, 32_000, 32_768),
+    "8x22b": (56, 48, 6144, 16_384, 32_000, 65_536),
+}
 
 
 def gpt2(size: str = "small", **changes: Any) -> TransformerConfig:
@@ -98,6 +103,44 @@ def llama3(size: str = "8b", **changes: Any) -> TransformerConfig:
         mlp_dim=hidden,
         max_seq_len=8192,
         rope_base=500_000.0,
+        norm_epsilon=1e-5,
+        dtype="bfloat16",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def mixtral(size: str = "8x7b", **changes: Any) -> TransformerConfig:
+    """Mixtral: Llama's parts with eight experts, two for each token, none dropped; in bfloat16.
+
+    =====  ===============  ==============  ======  ===========  ============
+    size   parameters       a token meets   layers  heads × 128  hidden units
+    =====  ===============  ==============  ======  ===========  ============
+    8x7b    46,702,792,704  12,879,925,248      32           32        14,336
+    8x22b  140,620,634,112  39,152,031,744      56           48        16,384
+    =====  ===============  ==============  ======  ===========  ============
+
+    Reference: Jiang et al., "Mixtral of Experts", 2024.
+
+    Args:
+      size: one of the table's.
+      **changes: fields of ``TransformerConfig`` that are to differ.
+
+    Raises:
+      ValueError: a size that is not there, or fields that do not fit together.
+    """
+    layers, heads, embed, hidden, vocab, seq = _sizes("mixtral", _MIXTRAL, size)
+    config = TransformerConfig(
+        vocab_size=vocab,
+        num_layers=layers,
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=hidden,
+        max_seq_len=seq,
+        num_experts=8,
+        experts_per_token=2,
+        rope_base=1_000_000.0,
         norm_epsilon=1e-5,
         dtype="bfloat16",
     )
