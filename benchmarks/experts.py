@@ -132,9 +132,7 @@ def tpu(console: Console) -> None:
     """Collectives of the compiled layer beside what the docstrings say."""
     batch, seq, parts = 8, 2048, 8
     shape: dict[str, Any] = {"embed_dim": 4096, "mlp_dim": 1792, "dtype": "bfloat16"}
-    table = Table(
-        title=f"A layer compiled for {TOPOLOGY}, data=2 × expert=8, 2,048 tokens a chip"
-    )
+    table = Table(title=f"A layer compiled for {TOPOLOGY}, data=2 × expert=8, 2,048 tokens a chip")
     for column in ("", "collective", "over", "dtype", "MB", "formula", "in a branch", "times"):
         table.add_column(column)
     row = shape["embed_dim"] * 2
