@@ -228,7 +228,7 @@ def plot(config: Config, rows: list[Row]) -> None:
     panels[-1][1].set_xlabel("bytes that each device has sent")
     panels[0][1].legend(fontsize=8, loc="upper right")
     figure.suptitle("Averaging parameters and EC-DNN; bands: least and greatest of the runs")
-    figure.savefig(config.out / "ensemble.png", dpi=120)
+    figure.savefig(config.out / "ensemble.png", dpi=80)
 
 
 if __name__ == "__main__":
