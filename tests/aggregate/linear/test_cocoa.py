@@ -85,8 +85,10 @@ def test_a_measured_sigma_is_the_quotient_of_the_round():
         (np.kron(np.eye(3), x), 1.0),
     ):
         problem = LinearProblem(rows, np.tile(y, 3), squared(), l2(LAM))
-        found = run(divide(problem, 3), method, 2)
+        # Of the first round: after it, of rows that are alike, nothing but rounding is left.
+        found = run(divide(problem, 3), method, 1)
         np.testing.assert_allclose(found.state.sigma, expected, rtol=1e-7)
+    found = run(divide(problem, 3), method, 2)
     alone = LinearProblem(x, y, squared(), l2(3 * LAM))
     least = solve(alone, newton_cholesky(), 1e-10, progress=False).value
     assert found.value == pytest.approx(least, rel=1e-9)
