@@ -2,7 +2,7 @@
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +69,10 @@ class Form(abc.ABC):
         """How often each key head is to be repeated before ``forward``."""
         return 1
 
-    def kept_specs(self, spec: P) -> Kept:
+    def kept_specs(self, spec: Any) -> Kept:
         """Specs of what is kept, given that of the query (dims batch, heads, seq, head_dim)."""
-        return Kept(spec, spec, spec, spec, P(*spec[:3]))
+        of_log_sum: Any = P(*spec[:3])
+        return Kept(spec, spec, spec, spec, of_log_sum)
 
     def check(self, heads: int, length: int) -> None:
         """Raises ``ValueError`` for what this form cannot divide.

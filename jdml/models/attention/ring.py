@@ -55,7 +55,7 @@ class Ring(Form):
         size = self.block_of(length)
 
         def attend(summed: Summed, held: jax.Array, pairs: Pairs, causal: bool) -> Summed:
-            return attend_pairs(summed, queries, *held, pairs, size, causal)
+            return attend_pairs(summed, queries, held[0], held[1], pairs, size, causal)
 
         def round_of(number: Any, carry: Any) -> Any:
             summed, held = carry
@@ -82,7 +82,9 @@ class Ring(Form):
         def add(of_query: jax.Array, held: jax.Array, pairs: Pairs, causal: bool) -> Any:
             """The query's gradient with that through these pairs, and the gradient of ``held``."""
             start = zeros._replace(query=of_query)
-            of_query, *of_held = gradients_of_pairs(start, saved, *held, pairs, size, causal)
+            of_query, *of_held = gradients_of_pairs(
+                start, saved, held[0], held[1], pairs, size, causal
+            )
             return of_query, jnp.stack(of_held)
 
         def round_of(number: Any, carry: Any) -> Any:

@@ -12,6 +12,7 @@ Reference: Jacobs et al., "DeepSpeed Ulysses", 2023.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ class Ulysses(Form):
         """[..., heads / K, seq, head_dim] → [..., heads, seq / K, head_dim]."""
         return self._exchange(x, x.ndim - 2, x.ndim - 3)
 
-    def kept_specs(self, spec: P) -> Kept:
+    def kept_specs(self, spec: Any) -> Kept:
         """See ``Form``."""
         batch, heads, seq, _ = spec
         heads = entry_of((*axes_of(heads), *axes_of(seq)))

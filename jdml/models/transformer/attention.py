@@ -117,19 +117,19 @@ class Attention(nnx.Module):
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
         value = _heads(self.value(x), "kv_heads")
-        if cache is None and self.form == "full":
-            key, value = _repeat(key, self.group), _repeat(value, self.group)
-            mixed = attend(query, key, value, causal=self.causal)
-        elif cache is None:
-            mixed = divided_attention(
-                query, key, value, self.form, causal=self.causal, order=self.order, block=self.block
-            )
-        else:
+        if cache is not None:
             cache = LayerCache(
                 jax.lax.dynamic_update_slice_in_dim(cache.keys, key, start, axis=2),
                 jax.lax.dynamic_update_slice_in_dim(cache.values, value, start, axis=2),
             )
             mixed = _attend_grouped(query, cache, start)
+        elif self.form == "full":
+            key, value = _repeat(key, self.group), _repeat(value, self.group)
+            mixed = attend(query, key, value, causal=self.causal)
+        else:
+            mixed = divided_attention(
+                query, key, value, self.form, causal=self.causal, order=self.order, block=self.block
+            )
         mixed = constrain(mixed, "batch", "heads", _POSITIONS, "head_dim").transpose(0, 2, 1, 3)
         return self.out(mixed), cache
 
