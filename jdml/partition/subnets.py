@@ -103,7 +103,7 @@ def cut(params: PyTree, names: PyTree, units: Mapping[str, jax.Array]) -> PyTree
 
     def one(x: jax.Array, dims: Names) -> jax.Array:
         for dim, name in enumerate(dims):
-            if name in units:
+            if name is not None and name in units:
                 x = jnp.take(x, units[name], axis=dim)
         return x
 
@@ -168,8 +168,5 @@ def _names_of(params: PyTree, names: PyTree, units: Mapping[str, Any]) -> list[N
 
 
 def _map(f: Any, named: list[Names], params: PyTree, *rest: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(params)
-    others = [treedef.flatten_up_to(tree) for tree in rest]
-    return treedef.unflatten(
-        [f(x, dims, *more) for x, dims, *more in zip(leaves, named, *others, strict=True)]
-    )
+    names = jax.tree.unflatten(jax.tree.structure(params), named)
+    return jax.tree.map(f, params, names, *rest)
