@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-BENCHMARKS ?= step sharding codecs links wire_audit aggregate pace libsvm linear sdca cocoa context
+BENCHMARKS ?= step sharding codecs links wire_audit aggregate pace libsvm linear sdca cocoa context pipeline
 NAME ?=
 
 # One environment per Python version, so that two of them live side by side.

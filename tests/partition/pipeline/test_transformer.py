@@ -1,0 +1,56 @@
+"""The decoder in a pipeline, beside the decoder as it is."""
+
+import jax
+import pytest
+from flax import nnx
+
+from jdml.models import Transformer, TransformerConfig, next_token_loss, pipeline_parts
+from jdml.partition.pipeline import one_f_one_b, pipeline, zero_bubble
+from jdml.sharding import no_mesh
+from tests.partition.pipeline.model import close, mesh_of
+
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes"),
+    [
+        pytest.param(one_f_one_b(), {"remat": "dots"}, marks=pytest.mark.slow),
+        (zero_bubble(), {"remat": "none", "tie_embeddings": True}),
+    ],
+    ids=["1f1b", "zero-bubble-tied"],
+)
+def test_gradients_are_the_decoders(schedule, changes):
+    config = TransformerConfig(
+        vocab_size=32,
+        num_layers=4,
+        embed_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=32,
+        **changes,
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    tokens = jax.random.randint(jax.random.key(1), (8, 13), 0, 32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    pipe = pipeline(
+        *pipeline_parts(model),
+        mesh_of(stage=2),
+        num_layers=4,
+        micro_batches=4,
+        schedule=schedule,
+    )
+
+    def loss(params):
+        return next_token_loss(nnx.merge(graphdef, params), batch["inputs"], batch["targets"])
+
+    with no_mesh():
+        want, reference = jax.jit(jax.value_and_grad(loss))(params)
+        (got, _), gradients = jax.jit(jax.value_and_grad(pipe, has_aux=True))(
+            pipe.arrange(params), batch
+        )
+    close(got, want)
+    close(pipe.restore(gradients), reference)
