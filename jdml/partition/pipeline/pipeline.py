@@ -302,9 +302,9 @@ class Pipeline:
             axis_names={axis},
             check_vma=False,
         )(
-            timetable.table(),
-            division.counts,
-            division.offsets,
+            jnp.asarray(timetable.table()),
+            jnp.asarray(division.counts),
+            jnp.asarray(division.offsets),
             stack,
             others,
             self._divided(batch),

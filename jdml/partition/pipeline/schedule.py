@@ -154,7 +154,8 @@ def needs(kind: Kind, part: int, last: int) -> Sequence[tuple[Kind, int]]:
     if kind == "F":
         return [("F", part - 1)] if part else []
     if kind == "B":
-        return [("F", part)] + ([("B", part + 1)] if part < last else [])
+        after: list[tuple[Kind, int]] = [("B", part + 1)] if part < last else []
+        return [("F", part), *after]
     return [("B", part)]
 
 
