@@ -1,0 +1,134 @@
+"""What a step holds on one chip, by formula.
+
+Parameters, gradients and optimiser state are f32 shards, 4 bytes for each of P parameters held:
+4 P, 4 P, and 8 P for AdamW (one copy more for each that the exchange keeps). A copy of the layers'
+shards in the compute dtype stands beside them, and what the forward pass left for each layer
+(*activations*). The rest (*temporaries*) is counted at the fuller of two moments: when a layer is
+computed again and differentiated, with its gathered weights, its attention scores in several forms,
+and some arrays of the residual stream's size or of the hidden layer's; or when the loss is, with
+the head gathered and its gradient whole.
+"""
+
+from dataclasses import dataclass
+
+from jdml.models import TransformerConfig
+from jdml.plan.algorithm import Algorithm
+from jdml.plan.layout import Layout
+from jdml.plan.shares import shares
+from jdml.plan.topology import Topology
+from jdml.plan.traffic import num_chunks, returns_scattered
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip.
+
+    Attributes:
+      parameters: f32.
+      gradients: f32.
+      optimiser: Moments, and what the exchange keeps.
+      activations: What the forward pass leaves for the backward pass, of all layers.
+      temporaries: The rest.
+    """
+
+    parameters: int
+    gradients: int
+    optimiser: int
+    activations: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.parameters + self.gradients + self.optimiser + self.activations + self.temporaries
+        )
+
+
+STREAM_COPIES = 6
+"""Arrays [batch, seq, embed] that the same layer needs."""
+HIDDEN_COPIES = 3
+"""Arrays [batch, seq, mlp] that it needs; not at the same time as the scores."""
+LARGEST_IN_SCRATCH = 64 * 2**20
+"""Bytes of an array from which on it is not put into a TPU's scratch memory."""
+
+
+def predict_memory(
+    config: TransformerConfig,
+    topology: Topology,
+    layout: Layout,
+    batch: int,
+    seq: int,
+    algorithm: Algorithm,
+) -> Memory:
+    """At the fullest moment of a step, on one chip.
+
+    Args:
+      config: The model.
+      topology: Whose torus says how gradients return, and so in which form they are held.
+      layout: The mesh.
+      batch: Samples of a step, on all chips together.
+      seq: Tokens of a sample.
+      algorithm: What the workers exchange.
+    """
+    owned = shares(config, layout)
+    held = sum(share.elements for share in owned)
+    stacked = sum(share.elements for share in owned if share.stacked)
+    width = config.compute_dtype.itemsize
+    tokens = batch // (layout.data * layout.fsdp) * seq
+    narrow = width * stacked if width < 4 else 0
+    stream = width * tokens * config.embed_dim
+    saved = config.num_layers * _saved(config, layout, tokens, seq)
+    head = config.embed_dim * config.vocab_size // layout.model
+    scattered = returns_scattered(topology, layout)
+
+    # The loss: the head in the compute dtype and its gradient, f32, of which a chip's part comes
+    # back; or, all-reduced, all of it in the compute dtype.
+    copies = 1 + (1 / layout.fsdp if scattered else width / 4)
+    logits = 4 * tokens // num_chunks(config, seq) * config.vocab_size // layout.model
+    passing = _beyond_scratch(3 * stream + logits, logits, topology)
+    loss = (width + 4 * copies) * head + passing
+
+    # A layer backward, with the layers' gradients and the head's.
+    weights = width * stacked // config.num_layers * layout.fsdp
+    scores = tokens * seq * config.num_heads // layout.model
+    hidden = width * tokens * config.mlp_dim // layout.model
+    working = STREAM_COPIES * stream + max(
+        topology.chip.score_bytes * scores, HIDDEN_COPIES * hidden
+    )
+    layer = (
+        4 * stacked
+        + (4 * head // layout.fsdp if scattered else width * head)
+        + weights
+        + _beyond_scratch(working, max(4 * scores, hidden), topology)
+    )
+    # The update: an all-reduce among the workers leaves the gradients beside their means.
+    update = 4 * held * (2 if layout.data > 1 and algorithm.codec is None else 1)
+    fullest = int(max(narrow + saved + max(layer, loss), update))
+    return Memory(
+        parameters=4 * held,
+        gradients=4 * held,
+        optimiser=4 * held * (2 + algorithm.kept_copies),
+        activations=saved,
+        temporaries=max(fullest - 4 * held - saved, 0),
+    )
+
+
+def _beyond_scratch(total: float, largest: int, topology: Topology) -> float:
+    """What of passing arrays, ``total`` bytes together, is not in the scratch memory."""
+    if largest >= LARGEST_IN_SCRATCH:
+        return total
+    return max(total - topology.chip.scratch, 0.0)
+
+
+def _saved(config: TransformerConfig, layout: Layout, tokens: int, seq: int) -> int:
+    """Bytes that one layer's forward pass leaves."""
+    width = config.compute_dtype.itemsize
+    if config.remat == "full":
+        return width * tokens * config.embed_dim
+    if config.remat == "dots":
+        heads = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
+        divided = (heads + 2 * config.mlp_dim) // layout.model
+        return width * tokens * (2 * config.embed_dim + divided)
+    # Many of these in f32.
+    divided = (5 * seq * config.num_heads + 4 * config.mlp_dim) // layout.model
+    return width * tokens * (12 * config.embed_dim + divided)

@@ -1,0 +1,169 @@
+"""Which collectives a step runs, and how many bytes each chip sends in them: by formula.
+
+What the partitioner makes of ``lower_step``, learnt from compiled programs (``tests/plan`` hold the
+formula to them). With b samples of s tokens on a chip and a compute dtype of w bytes:
+
+- Weights divided over ``fsdp`` are gathered for the forward pass and once more for the backward
+  pass; those of attention, whose backward pass wants them in two layouts, twice more; the
+  embedding and the head once in all.
+- Gradients return by a reduce-scatter; where ``fsdp`` covers more than one dim of a two-dimensional
+  torus, by an all-reduce of which each chip keeps its share: twice the bytes. Where ``model``
+  divides a layer too, its reduce-scatter goes around a ring beside the product, with one turn more.
+- With ``model`` a layer adds up ``b s embed w`` bytes twice forward and twice backward, once more
+  where the block is computed again; so does the embedding once, and the head its gradient with
+  respect to what it multiplied, in f32.
+- ``data`` exchanges what the algorithm says, once a step (or every so often), in f32; exact
+  gradients of an embedding that ``fsdp`` does not divide in the compute dtype.
+"""
+
+from dataclasses import dataclass
+
+from jdml.models import TransformerConfig
+from jdml.plan.algorithm import Algorithm
+from jdml.plan.layout import Layout
+from jdml.plan.shares import Share, shares
+from jdml.plan.topology import Topology
+
+LARGEST_RING = 16
+"""Chips up to which a layer's gradients go around a ring where a reduce-scatter would not."""
+LOSS_CHUNK = 128
+SMALL_VOCABULARY = 4096
+"""Up to which the loss takes all positions at once: ``jdml/models/loss.py``."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of collective of a step.
+
+    Attributes:
+      what: In words.
+      axis: Mesh axis along which the chips differ that exchange.
+      sent_bytes: What a chip sends in a step, bandwidth-optimal.
+      hidden: Runs beside the products, so that only what takes longer than these is waited for.
+      times: How often it runs in a step.
+    """
+
+    what: str
+    axis: str
+    sent_bytes: float
+    hidden: bool
+    times: float
+
+
+def all_gathered(size: int, payload: float) -> float:
+    """Sent by each of ``size`` chips that gather shards of ``payload`` bytes."""
+    return (size - 1) * payload
+
+
+def all_reduced(size: int, payload: float) -> float:
+    """Sent by each of ``size`` chips that add up arrays of ``payload`` bytes."""
+    return 2 * (size - 1) / size * payload
+
+
+def num_chunks(config: TransformerConfig, seq: int) -> int:
+    """Parts of the sequence that the loss takes one after the other."""
+    return 1 if config.vocab_size <= SMALL_VOCABULARY else -(-seq // LOSS_CHUNK)
+
+
+def predict_traffic(
+    config: TransformerConfig,
+    topology: Topology,
+    layout: Layout,
+    batch: int,
+    seq: int,
+    algorithm: Algorithm,
+) -> tuple[Exchange, ...]:
+    """Every exchange of a step that is worth a line, for one chip.
+
+    Args:
+      config: The model.
+      topology: Whose torus says how gradients return.
+      layout: The mesh.
+      batch: Samples of a step, on all chips together.
+      seq: Tokens of a sample.
+      algorithm: What the workers exchange.
+    """
+    owned = shares(config, layout)
+    found = [
+        *_weights(config, topology, layout, owned),
+        *_activations(config, layout, batch, seq),
+    ]
+    if layout.data > 1:
+        sizes = [_exchanged(share, config, layout, algorithm) for share in owned]
+        sent = algorithm.sent_bytes(layout.data, sizes)
+        found.append(Exchange(algorithm.name, "data", sent, False, 1 / algorithm.every))
+    return tuple(one for one in found if one.sent_bytes > 0)
+
+
+def _weights(
+    config: TransformerConfig, topology: Topology, layout: Layout, owned: tuple[Share, ...]
+) -> list[Exchange]:
+    size, width = layout.fsdp, config.compute_dtype.itemsize
+    if size == 1:
+        return []
+    scatters = returns_scattered(topology, layout)
+    gathered = returned = once = 0.0
+    for share in owned:
+        if "fsdp" not in share.axes or share.path.endswith("scale"):
+            continue
+        payload = width * share.elements
+        if share.stacked:
+            gathered += all_gathered(size, payload) * _num_gathers(share)
+        else:
+            once += all_gathered(size, payload)
+        # The loss adds up the head's gradient in f32.
+        wide = 4 if share.path.startswith("head") else width
+        scattered = scatters or (share.stacked and size <= LARGEST_RING)
+        sent = all_reduced(size, wide * share.elements * size) * (0.5 if scattered else 1)
+        if share.stacked and scattered and "model" in share.axes and size > 2:
+            sent *= size / (size - 1)  # around a ring, beside the product, with one turn more
+        returned += sent
+    return [
+        Exchange("weights of the layers", "fsdp", gathered, True, 2 * config.num_layers),
+        Exchange("embedding and head", "fsdp", once, False, 2),
+        Exchange("gradients", "fsdp", returned, True, config.num_layers),
+    ]
+
+
+def _exchanged(
+    share: Share, config: TransformerConfig, layout: Layout, algorithm: Algorithm
+) -> int:
+    """Elements of f32 that stand for what the workers exchange of a parameter."""
+    exact = algorithm.codec is None and not algorithm.averages
+    if exact and layout.fsdp == 1 and share.path.startswith("embed"):
+        # Added up where the rows were taken from, and only then made f32.
+        return share.elements * config.compute_dtype.itemsize // 4
+    return share.elements
+
+
+def _num_gathers(share: Share) -> int:
+    return 3 if "attention" in share.path else 2
+
+
+def returns_scattered(topology: Topology, layout: Layout) -> bool:
+    """Whether gradients are reduce-scattered over ``fsdp``, and not all-reduced and cut."""
+    return topology.chip.dims != 2 or layout.fsdp <= max(topology.shape)
+
+
+def _activations(config: TransformerConfig, layout: Layout, batch: int, seq: int) -> list[Exchange]:
+    size = layout.model
+    if size == 1:
+        return []
+    here = batch // (layout.data * layout.fsdp)
+    stream = here * seq * config.embed_dim
+    width = config.compute_dtype.itemsize
+    per_layer = 5 if config.remat == "full" else 4
+    chunks = num_chunks(config, seq)
+    # Forward the largest logit and the sum of exponentials of each position, and the target's
+    # logit; and the largest and the sum again backward.
+    sums = 4 * here * seq * 5
+    return [
+        Exchange(
+            "sums over heads and hidden units",
+            "model",
+            all_reduced(size, width * stream) * (per_layer * config.num_layers + 1),
+            False,
+            per_layer * config.num_layers + 1,
+        ),
+        Exchange("loss", "model", all_reduced(size, 4 * stream + sums), False, 3 * chunks),
+    ]

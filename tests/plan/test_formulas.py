@@ -1,0 +1,143 @@
+"""The formulas beside programs for eight simulated devices, and in the cases that arithmetic gives.
+
+How memory and bytes compare with what TPU's compiler makes is in ``test_tpu_compile.py``.
+"""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from jdml.plan import Layout, parse_algorithm, parse_topology
+from jdml.plan.memory import predict_memory
+from jdml.plan.program import compile_step, lower_step
+from jdml.plan.roofline import predict_flops, predict_step
+from jdml.plan.shares import shares
+from jdml.plan.traffic import predict_traffic
+from jdml.sharding import bytes_per_axis, make_mesh
+
+BATCH, SEQ = 16, 48  # no stack of activations is as large as one of parameters
+POD, EXACT = parse_topology("v5e:2x4"), parse_algorithm("exact")
+LAYOUTS = {"exact": Layout(2, 2, 2), "int8": Layout(4, 2, 1)}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def both(request, config, compiled_lightly):
+    """``(algorithm, layout, compiled)`` on eight simulated devices."""
+    layout, algorithm = LAYOUTS[request.param], parse_algorithm(request.param)
+    mesh = make_mesh(layout.sizes)
+    return algorithm, layout, compile_step(config, mesh, BATCH, SEQ, algorithm)
+
+
+def test_state_is_what_the_program_takes(config, both):
+    algorithm, layout, compiled = both
+    memory = predict_memory(config, POD, layout, BATCH, SEQ, algorithm)
+    assert memory.parameters == compiled.memory.parameters
+    assert memory.gradients == compiled.memory.gradients
+    # Counters and int8's last blocks are not in the formula.
+    assert memory.optimiser == pytest.approx(compiled.memory.optimiser, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "copies"), [("local_sgd:4", 2), ("diloco:50", 4)])
+def test_what_exchanges_of_models_keep(config, name, copies):
+    """AdamW's two moments; DiLoCo's anchor and momentum too."""
+    layout, algorithm = Layout(2, 4, 1), parse_algorithm(name)
+    _, state = lower_step(config, make_mesh(layout.sizes), BATCH, SEQ, algorithm)
+    memory = predict_memory(config, POD, layout, BATCH, SEQ, algorithm)
+    assert memory.optimiser == copies * memory.parameters
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state.opt_state)
+    )
+    assert memory.optimiser == pytest.approx(held, rel=0.01)
+
+
+def test_products_are_counted(config, both):
+    _, layout, compiled = both
+    assert predict_flops(config, layout, BATCH, SEQ) == pytest.approx(compiled.flops, rel=0.03)
+
+
+def test_the_workers_exchange_what_is_predicted(config, both):
+    algorithm, layout, compiled = both
+    sizes = [share.elements for share in shares(config, layout)]
+    sent = algorithm.sent_bytes(layout.data, sizes) * algorithm.every
+    found = bytes_per_axis([c for c in compiled.listed if c.axes == ("data",)])
+    # Beside it, the mean of the loss; int8's blocks are filled up in each leaf.
+    assert found[("data",)] == pytest.approx(sent, rel=0.05)
+
+
+def test_activations_that_the_program_carries(config, both):
+    """``remat="full"`` leaves the input of each block, and nothing else."""
+    _, layout, compiled = both
+    tokens = BATCH * SEQ // (layout.data * layout.fsdp)
+    assert compiled.memory.activations == config.num_layers * tokens * config.embed_dim * 4
+
+
+def test_shares_add_up_to_the_model(config):
+    whole = shares(config, Layout())
+    assert sum(share.elements for share in whole) == config.num_params
+    assert not any(share.axes for share in whole)
+    parts = shares(config, Layout(2, 4, 2))
+    for one, part in zip(whole, parts, strict=True):
+        assert one.elements == part.elements * 4 ** ("fsdp" in part.axes) * 2 ** (
+            "model" in part.axes
+        )
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "diloco:10"])
+def test_one_chip_sends_nothing(config, name):
+    assert predict_traffic(
+        config, parse_topology("v5e:1x1"), Layout(), 4, 64, parse_algorithm(name)
+    ) == ()  # fmt: skip
+
+
+def test_bytes_fall_as_the_algorithm_says(config):
+    topology, layout = parse_topology("v5e:2x4"), Layout(8)
+
+    def sent(name):
+        (one,) = predict_traffic(config, topology, layout, 8, 64, parse_algorithm(name))
+        return one.sent_bytes
+
+    assert sent("exact") == pytest.approx(2 * 7 / 8 * 4 * config.num_params)
+    assert sent("local_sgd:16") == pytest.approx(sent("exact") / 16)
+    assert sent("diloco:500") == pytest.approx(sent("exact") / 500)
+    assert 0.25 < sent("int8") / sent("exact") < 0.26
+    assert sent("one_bit") < sent("int4") < sent("int8")
+
+
+def test_the_slow_network_is_counted_apart(config):
+    inside = predict_step(
+        config, parse_topology("v5e:4x4"), Layout(4, 4), 16, 64, parse_algorithm("exact")
+    )
+    across = predict_step(
+        config, parse_topology("2*v5e:2x4"), Layout(4, 4), 16, 64, parse_algorithm("exact")
+    )
+    assert inside.slow_seconds == 0 < across.slow_seconds
+    assert across.seconds > inside.seconds
+    # Each chip's share is exchanged with its like in the other slice: half as much sent as it has
+    # parameters of f32, from each of two.
+    held = sum(share.elements for share in shares(config, Layout(4, 4)))
+    bytes_across = 2 * (2 - 1) / 2 * 4 * held / 2
+    speed = parse_topology("2*v5e:2x4").chip.slow_bandwidth
+    assert across.slow_seconds == pytest.approx(bytes_across / speed, abs=1e-4)
+
+
+def test_more_chips_hold_less_each(config):
+    algorithm = parse_algorithm("exact")
+    sizes = [predict_memory(config, POD, Layout(1, n, 1), 16, 64, algorithm) for n in (1, 2, 4, 8)]
+    assert [8 * s.parameters for s in sizes] == pytest.approx(
+        [8 * sizes[0].parameters / n for n in (1, 2, 4, 8)], rel=1e-6
+    )
+    assert sorted(sizes, key=lambda s: -s.total) == sizes
+
+
+def test_what_is_kept_of_activations_grows_as_less_is_computed_again(config):
+    kept = [
+        predict_memory(
+            dataclasses.replace(config, remat=remat), POD, Layout(), 8, 64, EXACT
+        ).activations
+        for remat in ("full", "dots", "none")
+    ]
+    assert kept == sorted(kept)
+    assert len(set(kept)) == 3
