@@ -153,8 +153,8 @@ def methods_of(name: str, case: Case) -> list[Method]:
 def at_zero(problem: LinearProblem, method: Method) -> jax.Array:
     """The certificate there.
 
-    Not in one program: jax 0.12's CPU compiler makes a NaN of the softmax of 200,000 × 3 zeros where
-    its gradient is all that is asked for (0.10 does not, nor does 0.12 in the solvers' programs).
+    Not in one program: jax 0.12's CPU compiler makes a NaN of the softmax of 200,000 × 3 zeros
+    where its gradient alone is asked for (0.10 does not, nor 0.12 in the solvers' programs).
     """
     return method.measure(problem, method.init(problem, problem.init()))[1]
 
