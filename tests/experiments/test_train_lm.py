@@ -77,6 +77,7 @@ def rows(out, run):
     return [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, corpus):
     whole = train(tmp_path / "whole", corpus, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
