@@ -24,7 +24,7 @@ help:
 	@echo 'make test-tpu  the tests that compile for TPU topologies; needs no TPU, x86 Linux only'
 	@echo 'make bench   the benchmarks, or those in BENCHMARKS=links; links needs root on Linux'
 	@echo 'make bench-peers  the same beside PyTorch, whose rows make bench leaves out; also'
-	@echo '             BENCHMARKS=time_to_loss, which takes about an hour'
+	@echo '             BENCHMARKS=transformer, and time_to_loss, which takes about an hour'
 	@echo 'make clean   remove environments and caches; keeps runs/'
 	@echo 'Options: PYTHON=python3.12 picks the interpreter; ARGS="..." goes to the program that'
 	@echo 'is run (make train ARGS=--help lists the options of training).'

@@ -77,9 +77,10 @@ def make_step(
       rules: Logical axis rules for the ``constrain`` calls inside ``loss_fn``.
       batch_axes: Further axes over which each worker's samples are divided (``("fsdp",)``).
       zero: What else is divided over ``batch_axes``, beside what ``specs`` divide: 1, the optimiser
-        state; 2, the gradients too, and the exchange between workers; 3, the parameters too (ZeRO,
-        Rajbhandari et al. 2020). The numbers stay those of 0. With a codec in ``tx``, gradients are
-        summed exactly inside a worker and its devices tell other workers their slices.
+        state, and the exchange between workers; 2, the gradients too; 3, the parameters too (ZeRO,
+        Rajbhandari et al. 2020). Gradients are summed exactly inside a worker, whose devices tell
+        other workers their slices: the numbers are those of 0, but that a codec's blocks are of
+        slices then.
       accumulate: Number of micro-batches whose gradients each worker averages before ``tx``.
       model_state: For models that update state without gradients: ``"mean"`` averages it over the
         workers after every step, ``"local"`` keeps each worker's own.
