@@ -88,7 +88,10 @@ def test_saga_is_linear_at_its_bound(ridge):
 
 
 def test_coordinate_descent_is_linear_at_its_bound(ridge):
-    runs = [solve(ridge, coordinate_descent(seed), tol=0, max_steps=30) for seed in range(20)]
+    runs = [
+        solve(ridge, coordinate_descent(seed), tol=0, max_steps=30, check_every=1)
+        for seed in range(20)
+    ]
     scale = 2 * (X**2).mean(0) + STRENGTH
     mu = np.linalg.eigvalsh(HESSIAN / np.sqrt(np.outer(scale, scale)))[0]
     k = runs[0].history.steps * D
@@ -98,6 +101,21 @@ def test_coordinate_descent_is_linear_at_its_bound(ridge):
     assert (error <= error[0] * (1 - mu / D) ** k + 1e-14).all()
     assert error[-1] < 1e-10
     assert errors(runs[0])[3] != errors(runs[1])[3]  # each seed its draws
+
+
+def test_coordinate_descent_takes_the_same_steps_by_columns_and_on_a_gram_matrix():
+    loss, penalty, intercept, _ = CASES["squared, elastic net, sparse"]
+    x, weights = np.where(abs(X) > 0.7, X, 0), 0.5 + RANDOM.random(N)
+    found = [
+        solve(
+            LinearProblem(rows, Y, loss, penalty, weights, intercept), coordinate_descent(),
+            tol=0, max_steps=3,
+        )
+        for rows in (scipy.sparse.csr_array(x), x)
+    ]  # fmt: skip
+    assert [run.state.quadratic is None for run in found] == [True, False]
+    np.testing.assert_allclose(found[0].params.w, found[1].params.w, rtol=1e-12)
+    assert float(found[0].params.b) == pytest.approx(float(found[1].params.b), rel=1e-12)
 
 
 def least_hinge():

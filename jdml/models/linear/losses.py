@@ -28,6 +28,7 @@ class Loss:
       name: What the factory is called.
       smoothness: The largest curvature ``sup φ''``; None where there is none.
       differentiable: Whether ``derivative`` is a gradient (else a subgradient).
+      quadratic: Whether the curvature is one number, whatever the margin and the label.
       has_dual: Whether the methods of the dual problem are there.
       dual_top: ``yα`` is feasible in ``[0, dual_top]``; None where every α is.
       dual_open: Whether the dual's slope is infinite at the ends of that range.
@@ -36,6 +37,7 @@ class Loss:
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = True
+    quadratic: ClassVar[bool] = False
     has_dual: ClassVar[bool] = True
     dual_top: ClassVar[float | None] = 1.0
     dual_open: ClassVar[bool] = False
@@ -112,6 +114,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Squared(Loss):
     name = "squared"
+    quadratic = True
     dual_top = None
 
     @property
@@ -326,19 +329,20 @@ class Multinomial(Loss):
 
     def value(self, margin, y):
         own = jnp.take_along_axis(margin, y[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(margin, axis=-1) - own
+        top, powers = _powers(margin)
+        return jnp.log(jnp.sum(powers, axis=-1)) + (top[..., 0] - own)
 
     def derivative(self, margin, y):
         own = jax.nn.one_hot(y, self.num_classes, dtype=margin.dtype)
-        return jax.nn.softmax(margin, axis=-1) - own
+        return _softmax(margin) - own
 
     def curvature(self, margin, y):
         """``diag(p) - p pᵀ``, ``[n, classes, classes]``."""
-        p = jax.nn.softmax(margin, axis=-1)
+        p = _softmax(margin)
         return p[..., None] * (jnp.eye(self.num_classes, dtype=p.dtype) - p[..., None, :])
 
     def curvature_product(self, margin, y, change):
-        p = jax.nn.softmax(margin, axis=-1)
+        p = _softmax(margin)
         return p * (change - jnp.sum(p * change, axis=-1, keepdims=True))
 
     def check_labels(self, y):
@@ -395,6 +399,24 @@ def multinomial(num_classes: int) -> Multinomial:
     if num_classes < 2:
         raise ValueError(f"multinomial({num_classes}): expected at least 2 classes.")
     return Multinomial(int(num_classes))
+
+
+def _powers(margin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``m = max_c a_c``, ``[n, 1]``, and ``e^(a_c - m)``.
+
+    The maximum is written out as comparisons. XLA's CPU back end hands ``exp(Xw - max(Xw))`` to
+    YNNPACK as one operation, which is all NaN for the weights that are one constant (``init``'s
+    zeros in the same program) and thousands of rows, on jax 0.10.2 and 0.12.0.1; these it leaves.
+    """
+    fixed = jax.lax.stop_gradient(margin)
+    low = jnp.array(-jnp.inf, margin.dtype)
+    top = jax.lax.reduce(fixed, low, lambda a, b: jnp.where(a > b, a, b), (margin.ndim - 1,))
+    return top[..., None], jnp.exp(margin - top[..., None])
+
+
+def _softmax(margin: jax.Array) -> jax.Array:
+    _, powers = _powers(margin)
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)
 
 
 def _numbers(name: str, y: npt.ArrayLike) -> np.ndarray:

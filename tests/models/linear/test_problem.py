@@ -50,6 +50,20 @@ def test_multinomial_has_a_column_for_each_class():
         np.testing.assert_allclose(found, leaf, rtol=1e-12)
 
 
+def test_gradient_of_multinomial_at_zeros_made_in_the_same_program():
+    """A fused softmax of many rows was NaN there: see ``losses._powers``."""
+    n, d = 2000, 1000
+    x, y = RANDOM.standard_normal((n, d)), RANDOM.integers(0, 3, n)
+    problem = LinearProblem(x, y, multinomial(3), l2(0.1), intercept=True)
+
+    @jax.jit
+    def gradient(problem):
+        return problem.pull(problem.slopes(problem.margins(problem.init())))
+
+    expected = x.T @ (1 / 3 - np.eye(3)[y]) / n
+    np.testing.assert_allclose(gradient(problem).w, expected, atol=1e-14)
+
+
 def test_weights_are_as_good_as_copies():
     counts = RANDOM.integers(1, 4, 20)
     copies = np.repeat(np.arange(20), counts)
