@@ -24,6 +24,7 @@ from jdml.models.linear import (
     squared,
 )
 from jdml.optimize import newton_cholesky, sdca, solve
+from jdml.optimize.dual.gap import dual_to_primal, duality_gap
 from jdml.sharding import bytes_per_axis, collectives, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
@@ -63,8 +64,8 @@ def test_one_worker_is_sdca(sparse):
 @pytest.mark.parametrize("loss", [logistic(), hinge(), smoothed_hinge(0.5)], ids=str)
 @pytest.mark.parametrize(
     "method",
-    [cocoa(), cocoa(gamma=None), cocoa(sigma="measured")],
-    ids=["adding", "averaging", "measured"],
+    [cocoa(), cocoa(gamma=None), cocoa(sigma="measured"), cocoa(gamma="search")],
+    ids=["adding", "averaging", "measured", "search"],
 )
 def test_simulated_workers_raise_the_dual_every_round(method, loss):
     found = run(divide(problem_of(loss), 8), method, 40).history
@@ -72,6 +73,41 @@ def test_simulated_workers_raise_the_dual_every_round(method, loss):
     # Safe σ' makes every round an ascent, whatever the others do.
     assert (np.diff(dual) >= -1e-12).all()
     assert found.certificates[-1] < 0.2 * found.certificates[0]
+
+
+@pytest.mark.parametrize("penalty", [l2(LAM), elastic_net(0.001, LAM)], ids=["l2", "elastic net"])
+def test_a_search_holds_a_true_gap_that_never_rises(penalty):
+    problem = divide(problem_of(hinge(), penalty), 8)
+    first = run(problem, cocoa(gamma="search"), 5)
+    state = first.state
+    value, gap = duality_gap(problem, state.alpha.ravel(), state.u)
+    # D is that of α, P that of the answer, which no point of the dual has to be.
+    assert state.dual == pytest.approx(float(value - gap), rel=1e-9)
+    u = dual_to_primal(problem, state.alpha.ravel())
+    np.testing.assert_allclose(state.u, u, rtol=1e-9, atol=1e-12)
+    assert first.value == pytest.approx(float(problem.value(first.params)), rel=1e-12)
+    assert first.certificate == pytest.approx(float(first.value - state.dual), rel=1e-9)
+    history = first.history
+    assert (np.diff(history.values) <= 1e-12).all()
+    assert (np.diff(history.certificates) <= 1e-12).all()
+
+
+def test_a_search_goes_on_bit_for_bit_and_from_given_weights():
+    problem, method = divide(problem_of(hinge(), elastic_net(0.001, LAM)), 8), cocoa(gamma="search")
+    whole = run(problem, method, 5)
+    state = run(problem, method, 3).state
+    again = solve(problem, method, 0.0, 2, state=state, check_every=1, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again.state.alpha, whole.state.alpha)
+    np.testing.assert_array_equal(again.params.w, whole.params.w)
+    warm = solve(problem, method, 0.0, 0, params=whole.params, progress=False)
+    assert warm.value == pytest.approx(whole.value, rel=1e-12)
+
+
+def test_one_worker_has_nothing_to_search():
+    problem = divide(problem_of(hinge()), 1)
+    plain, searched = (run(problem, cocoa(gamma=g, seed=3), 3) for g in (1.0, "search"))
+    np.testing.assert_array_equal(plain.state.alpha, searched.state.alpha)
+    assert plain.certificate == searched.certificate
 
 
 def test_a_measured_sigma_is_the_quotient_of_the_round():
@@ -103,11 +139,17 @@ def test_rounds_grow_by_at_most_two_with_a_measured_sigma():
         run(divide(problem, num), cocoa(sigma=sigma), 200, 1e-4).num_steps
         for num, sigma in ((1, None), (16, "measured"), (16, None))
     )
+    searched = run(divide(problem, 16), cocoa(gamma="search"), 200, 1e-4).num_steps
     assert measured <= 2 * alone
+    assert searched <= 2 * alone
     assert safe > 2 * measured
 
 
-@pytest.mark.parametrize("method", [cocoa(), cocoa(sigma="measured")], ids=["safe", "measured"])
+@pytest.mark.parametrize(
+    "method",
+    [cocoa(), cocoa(sigma="measured"), cocoa(gamma="search")],
+    ids=["safe", "measured", "search"],
+)
 def test_a_mesh_does_what_is_simulated(method):
     problem = problem_of(hinge(), sparse=True)
     simulated = run(divide(problem, 4), method, 3)
@@ -129,8 +171,8 @@ def test_the_optimum_of_scikit_learn(num):
 
 @pytest.mark.parametrize(
     ("method", "numbers"),
-    [(cocoa(), 30), (cocoa(sigma="measured"), 30 + 1)],
-    ids=["safe", "measured"],
+    [(cocoa(), 30), (cocoa(sigma="measured"), 30 + 1), (cocoa(gamma="search"), 30 + 10)],
+    ids=["safe", "measured", "search"],
 )
 def test_bytes_of_a_round(method, numbers):
     mesh = mesh_of(4)
@@ -166,6 +208,9 @@ def test_a_codec_sends_fewer_bytes_and_the_certificate_stays_exact():
         ),
         (lambda: cocoa(codec=int8()), "error_feedback"),
         (lambda: cocoa(gamma=2.0), "gamma"),
+        (lambda: cocoa(gamma="look"), "search"),
+        (lambda: cocoa(gamma="search", sigma="measured"), "expected gamma=1"),
+        (lambda: cocoa(gamma="search", codec=error_feedback(int8())), "exact sum"),
         (lambda: cocoa(sigma=-1.0), "sigma"),
         (lambda: cocoa(sigma="estimate"), "measured"),
         (lambda: cocoa(gamma=None, sigma="measured"), "expected gamma=1"),
