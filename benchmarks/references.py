@@ -155,7 +155,7 @@ def _coordinates(case: Case) -> Any:
     one, two = float(case.penalty.l1), float(case.penalty.l2)
     wide = case.x.shape[1] > 1000
     model = linear_model.ElasticNet(
-        alpha=(one + two) / 2, l1_ratio=one / (one + two), tol=1e-13,
+        alpha=(one + two) / 2, l1_ratio=one / (one + two), tol=1e-11 if wide else 1e-13,
         max_iter=500 if wide else 5000, precompute=not wide,
     )  # fmt: skip
     x = scipy.sparse.csc_array(case.x) if scipy.sparse.issparse(case.x) else case.x

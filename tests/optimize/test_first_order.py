@@ -99,9 +99,16 @@ def test_a_loss_whose_curvature_has_no_bound():
 
 def test_lasso_satisfies_its_conditions():
     problem = LinearProblem(X, Y, squared(), l1(0.3), intercept=True)
+    largest = 2 * np.linalg.norm(np.column_stack([X, np.ones(N)]), 2) ** 2 / N
     for method in (proximal(), proximal(momentum=False)):
         found = solve(problem, method, tol=1e-10, max_steps=20000)
         assert found.converged
+        # ISTA's bound, with L at most 1.3 times what it need be; restarted FISTA is far below it.
+        k, far = found.history.steps[1:], sum(float(jnp.sum(p**2)) for p in found.params)
+        error = found.history.values[1:] - found.value
+        assert (error <= 1.3 * largest * far / (2 * k) + 1e-14).all()
+        if method.momentum:  # the restarts make it linear, as in the test above
+            assert found.num_steps < 31.6 * 28
         _, gradient = problem.loss_and_gradient(found.params)
         w = np.asarray(found.params.w)
         assert 0 < (w == 0).sum() < D
@@ -116,6 +123,10 @@ def test_constrained_methods_agree(constraint):
     by_projection = solve(problem, projected(), tol=1e-9, max_steps=20000)
     with_momentum = solve(problem, projected(momentum=True), tol=1e-9, max_steps=5000)
     assert by_projection.converged
+    k, error = by_projection.history.steps, by_projection.history.values - by_projection.value
+    start = np.asarray(constraint.project(jnp.zeros(D)))
+    far = np.sum((start - by_projection.params.w) ** 2)
+    assert (error[1:] <= 1.3 * LARGEST * far / (2 * k[1:]) + 1e-12).all()
     assert with_momentum.num_steps < by_projection.num_steps
     assert with_momentum.value == pytest.approx(by_projection.value, rel=1e-9)
     by_corners = solve(problem, frank_wolfe(), tol=1e-3, max_steps=20000)

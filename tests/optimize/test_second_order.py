@@ -74,6 +74,29 @@ def test_newton_is_quadratic(logistic_problem):
     assert (after <= 30 * late**2).all()
 
 
+def test_inexact_newton_is_superlinear(logistic_problem):
+    """|g'| <= C |g|^(3/2): the systems are solved to a residual of √|g| |g|."""
+    found = solve(logistic_problem, newton_cg(), tol=1e-14, max_steps=30)
+    norms = found.history.certificates
+    late = np.flatnonzero((norms < 1e-1) & (norms > 1e-8))
+    assert len(late) >= 3
+    assert (norms[late + 1] <= 10 * norms[late] ** 1.5).all()
+
+
+def test_lbfgs_is_linear(logistic_problem, best):
+    """No slower than the bound of gradient descent, ``1 - μ/L`` a step, which it need not meet."""
+    found = solve(logistic_problem, lbfgs(), tol=1e-10, max_steps=100)
+    k, error = found.history.steps, found.history.values - best
+    augmented = np.column_stack([X, np.ones(N)])
+    weight = WEIGHTS / WEIGHTS.sum()
+    largest = np.linalg.eigvalsh((augmented.T * weight) @ augmented)[-1] / 4 + 0.01
+    assert (error <= error[0] * (1 - 0.01 / largest) ** k + 1e-15).all()
+    # And each ten steps gain as much as the ten before: no tail.
+    logs = np.log(np.maximum(error, 1e-15))
+    assert logs[10] - logs[0] < -4
+    assert logs[20] - logs[10] < -4
+
+
 def test_newton_takes_one_step_for_least_squares():
     problem = LinearProblem(X, SCORES, squared(), none(), WEIGHTS, intercept=True)
     found = solve(problem, newton_cholesky(), tol=1e-12, max_steps=5)

@@ -226,10 +226,7 @@ def as_rows(x: Any, name: str = "X") -> Rows:
             matrix = matrix.copy()  # what follows works in place, and x is the caller's
             matrix.sum_duplicates()
             matrix.eliminate_zeros()
-        bad = ~np.isfinite(matrix.data)
-        if bad.any():
-            number_of = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-            _refuse_rows(np.unique(number_of[bad]), name)
+        check_finite(matrix, name)
         by_column = scipy.sparse.csr_array(matrix.T)
         return jax.device_put(Sparse(pack(matrix), pack(by_column), matrix.shape))
     if not isinstance(x, jax.Array):
@@ -241,6 +238,18 @@ def as_rows(x: Any, name: str = "X") -> Rows:
     if not finite.all():
         _refuse_rows(np.flatnonzero(~finite), name)
     return Dense(found)
+
+
+def check_finite(x: np.ndarray | scipy.sparse.csr_array, name: str = "X") -> None:
+    """Raises ``ValueError`` with the numbers of the rows, ``[n, d]``, that have NaN or infinity."""
+    if isinstance(x, np.ndarray):
+        finite = np.isfinite(x)
+        bad = np.zeros(0) if finite.all() else np.flatnonzero(~finite.all(axis=1))
+    else:
+        number_of = np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))
+        bad = np.unique(number_of[~np.isfinite(x.data)])
+    if bad.size:
+        _refuse_rows(bad, name)
 
 
 def float_dtype(dtype: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from jdml.models.linear import LinearProblem, as_rows, elastic_net, l1, l2, none
 from jdml.models.linear.losses import Loss
 from jdml.models.linear.penalties import Penalty
 from jdml.models.linear.problem import checked_sample_weight
+from jdml.models.linear.rows import check_finite
 from jdml.optimize import solve
 from jdml.train.estimators.rows import prepare, weighted_mean, with_column
 from jdml.train.estimators.solvers import method_for, steps_of
@@ -62,13 +63,19 @@ class LinearEstimator(BaseEstimator):
         return tags
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, **how: Any) -> tuple[Any, Any, Any]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=DTYPES, **how)
+        X, y = validate_data(
+            self, X, y, accept_sparse="csr", dtype=DTYPES, ensure_all_finite=False, **how
+        )
+        check_finite(X)
         return X, y, checked_sample_weight(sample_weight, X.shape[0])
 
     def _margins(self, X: Any) -> np.ndarray:
         """``[n]`` or ``[n, outputs]``, on the host."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=DTYPES, reset=False)
+        X = validate_data(
+            self, X, accept_sparse="csr", dtype=DTYPES, ensure_all_finite=False, reset=False
+        )
+        check_finite(X)  # which, unlike scikit-learn, names the rows
         return np.asarray(X @ self.coef_.T) + self.intercept_
 
     def _fit(

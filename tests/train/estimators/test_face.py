@@ -182,6 +182,15 @@ def test_bad_input_is_refused(two, estimator, labels, message):
         estimator.fit(x, y)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_rows_without_a_number_are_named(two, sparse):
+    x = two[0].copy()
+    x[3, 0], x[50] = np.nan, np.inf
+    x = scipy.sparse.csr_array(x) if sparse else x
+    with pytest.raises(ValueError, match="NaN or infinity in 2 rows: 3, 50"):
+        LogisticRegression().fit(x, two[1])
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
