@@ -23,6 +23,7 @@ from benchmarks.machine import console_of_tables, machine
 from jdml.models import TransformerConfig
 from jdml.models.transformer.presets import llama3
 from jdml.plan import Case, Compiled, Layout, parse_algorithm, parse_topology
+from jdml.plan.largest import largest
 from jdml.plan.report import CLASSES, compiled_by_axis, compiled_traffic, sent_by_axis
 
 RECORD = Path(__file__).resolve().parents[1] / "tests/plan/compiled.json"
@@ -88,7 +89,6 @@ def entry_of(found: Compiled) -> dict[str, Any]:
         "flops": found.flops,
         "collectives": compiled_traffic(found.listed),
         "sent_by_axis": compiled_by_axis(found.listed),
-        "largest_payload": max((one.payload_bytes for one in found.listed), default=0),
         "compile_seconds": round(found.seconds, 1),
     }
 
@@ -120,7 +120,55 @@ def table_of(record: dict[str, Any]) -> Table:
             f"{sum(sent_by_axis(predicted).values()) / sent:.3f}",
             f"{entry['flops'] / 1e9:,.0f}",
             f"{predicted.flops / entry['flops']:.3f}",
-            f"{entry['largest_payload'] / 1e6:,.1f}",
+            f"{max(row.get('largest', 0) for row in entry['collectives']) / 1e6:,.1f}",
+            f"{entry['compile_seconds']:.0f}",
+        )
+    return table
+
+
+def table_of_scale(record: dict[str, Any]) -> Table:
+    """Whether published shapes fit pods, and what a chip holds and exchanges at once."""
+    table = Table(title="Published shapes on pods: a chip's share, and a layer's")
+    for name in ("case", "chips", "data × fsdp × model"):
+        table.add_column(name)
+    for name in (
+        "parameters, GB",
+        "/ (total / shards)",
+        "GB in all",
+        "of",
+        "largest of parameters, MB",
+        "/ a layer's",
+        "of activations, MB",
+        "/ a layer's",
+        "compiled, s",
+    ):
+        table.add_column(name, justify="right")
+    for name, (case, layout) in SCALE.items():
+        if name not in record:
+            continue
+        entry = record[name]
+        memory = entry["memory"]
+        shards = layout.fsdp * layout.model
+        rows = [row for row in entry["collectives"] if "largest" in row]
+        found = largest(rows, case.config, layout, case.batch, case.seq)
+        cells = [
+            cell
+            for kind in ("parameters", "activations")
+            for cell in (
+                (f"{found[kind].row['largest'] / 1e6:,.0f}", f"{found[kind].layers:.2f}")
+                if kind in found
+                else ("", "")
+            )
+        ]
+        table.add_row(
+            name,
+            str(case.topology),
+            " × ".join(map(str, layout.sizes.values())),
+            f"{memory['parameters'] / 1e9:.3f}",
+            f"{memory['parameters'] / (4 * case.config.num_params / shards):.4f}",
+            f"{sum(memory.values()) / 1e9:.1f}",
+            f"{case.topology.chip.memory / 1e9:.1f}",
+            *cells,
             f"{entry['compile_seconds']:.0f}",
         )
     return table
@@ -150,6 +198,7 @@ def main() -> None:
             )
             print(f"{name}: compiled in {entry['compile_seconds']} s", flush=True)
     console.print(table_of(read_record()))
+    console.print(table_of_scale(read_record()))
     console.print(machine("jax", "libtpu"))
 
 

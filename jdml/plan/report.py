@@ -130,7 +130,7 @@ def compiled_by_axis(listed: tuple[Collective, ...]) -> dict[str, int]:
 
 
 def compiled_traffic(listed: tuple[Collective, ...]) -> list[dict[str, Any]]:
-    """Collectives summed by axes, kind, dtype and network; most bytes first."""
+    """Collectives summed by axes, kind, dtype and network, and the largest; most bytes first."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in listed:
         if not one.axes:
@@ -146,10 +146,12 @@ def compiled_traffic(listed: tuple[Collective, ...]) -> list[dict[str, Any]]:
                 "conditional": one.conditional,
                 "runs": 0,
                 "bytes": 0,
+                "largest": 0,
             },
         )
         row["runs"] += one.count or 1
         row["bytes"] += one.sent_bytes * (one.count or 1)
+        row["largest"] = max(row["largest"], one.whole_bytes)
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 

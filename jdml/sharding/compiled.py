@@ -83,6 +83,11 @@ class Collective:
         return sum(self.operand_bytes)
 
     @property
+    def whole_bytes(self) -> int:
+        """Of the arrays that a device has whole: what is gathered, or summed, or exchanged."""
+        return self.payload_bytes * (self.group_size if self.kind == "all-gather" else 1)
+
+    @property
     def sent_bytes(self) -> int:
         """Bytes a device sends each time that it runs, bandwidth-optimal; rounded up."""
         n, x = self.group_size, self.payload_bytes

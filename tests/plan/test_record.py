@@ -7,6 +7,7 @@
 import pytest
 
 from benchmarks.plan import CASES, SCALE, read_record
+from jdml.plan.largest import largest
 from jdml.plan.report import sent_by_axis
 
 RECORD = read_record()
@@ -55,6 +56,17 @@ def test_published_shapes_fit_and_a_chip_holds_its_share(name):
     share = 4 * case.config.num_params / (layout.fsdp * layout.model)
     # Norms are not divided over ``model``.
     assert memory["parameters"] == pytest.approx(share, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in SCALE if name in RECORD and "largest" in RECORD[name]["collectives"][0]],
+)
+def test_published_shapes_exchange_no_more_than_a_layer_at_once(name):
+    case, layout = CASES[name]
+    found = largest(RECORD[name]["collectives"], case.config, layout, case.batch, case.seq)
+    assert found.keys() == {"parameters", "activations"}
+    assert all(one.layers <= 1 for one in found.values()), found
 
 
 def test_more_copies_of_the_model_cost_a_chip_nothing():

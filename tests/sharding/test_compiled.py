@@ -81,6 +81,8 @@ def test_five_kinds_over_every_choice_of_axes(mesh_name, axes):
         "collective-permute": (axes, "s32", 20, 20, n),
     }
     assert len(listed) == 5
+    whole = {c.kind: c.whole_bytes for c in listed if c.whole_bytes != c.payload_bytes}
+    assert whole == {"all-gather": 40 * n}
     assert all(c.count == 1 and not c.conditional and not c.partial for c in listed)
 
 

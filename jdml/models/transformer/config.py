@@ -203,7 +203,20 @@ class TransformerConfig:
         """Number of those that a token meets: of the experts the chosen and the shared ones."""
         return self._num_params(self.num_experts and self.experts_per_token)
 
+    @property
+    def num_layer_params(self) -> int:
+        """Number of a block's parameters, all experts among them."""
+        return self._num_layer_params(self.num_experts)
+
     def _num_params(self, experts: int | None) -> int:
+        embed = self.embed_dim
+        norm = embed * (2 if self.norm == "layer" and self.bias else 1)
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * embed
+        if self.positions == "learned":
+            tables += self.max_seq_len * embed
+        return self.num_layers * self._num_layer_params(experts) + tables + norm
+
+    def _num_layer_params(self, experts: int | None) -> int:
         embed, bias = self.embed_dim, int(self.bias)
         attention = 2 * embed * self.head_dim * (self.num_heads + self.num_kv_heads)
         attention += bias * (self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + embed)
@@ -212,7 +225,4 @@ class TransformerConfig:
         if experts is not None and self.num_experts is not None:
             mlp = mlp * (experts + self.shared_experts) + embed * self.num_experts
         norm = embed * (2 if self.norm == "layer" and self.bias else 1)
-        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * embed
-        if self.positions == "learned":
-            tables += self.max_seq_len * embed
-        return self.num_layers * (attention + mlp + 2 * norm) + tables + norm
+        return attention + mlp + 2 * norm

@@ -1,0 +1,35 @@
+"""What the largest exchange is measured against."""
+
+import pytest
+
+from jdml.models.transformer.presets import llama3
+from jdml.plan import Layout
+from jdml.plan.largest import largest
+
+
+def row(axes, kind, dtype, size):
+    return {"axes": axes, "kind": kind, "dtype": dtype, "largest": size}
+
+
+def test_by_class_and_dtype():
+    config, layout = llama3("8b"), Layout(2, 8, 4)
+    layer = config.num_layer_params / 4
+    stream = 2 * 512 * config.embed_dim
+    rows = [
+        row(["fsdp"], "all-gather", "bf16", 2 * layer),
+        row(["fsdp"], "reduce-scatter", "f32", 3 * layer),
+        row(["data"], "all-reduce", "f32,bf16", layer),
+        row(["model"], "all-reduce", "bf16", 2 * stream),
+        row(["fsdp"], "all-to-all", "bf16", stream),
+    ]
+    found = largest(rows, config, layout, 32, 512)
+    assert found["parameters"].row is rows[0]
+    assert found["parameters"].layers == pytest.approx(1)
+    assert found["activations"].layers == pytest.approx(1)
+    assert "activations" not in largest(rows[:3], config, layout, 32, 512)
+
+
+def test_a_layer_is_what_two_models_differ_by():
+    config = llama3("8b")
+    more = llama3("8b", num_layers=33)
+    assert config.num_layer_params == more.num_params - config.num_params
