@@ -25,6 +25,7 @@ _CODECS: dict[str, Callable[[], Content]] = {
     "int4": codecs.int4,
     "int4 + EF": lambda: error_feedback(codecs.int4()),
     "e3m0": codecs.e3m0,
+    "e3m0_row": codecs.e3m0_row,
     "qsgd": lambda: codecs.qsgd(7),
     "int2": codecs.int2,
     "terngrad": codecs.terngrad,

@@ -10,7 +10,7 @@ import optax
 
 from jdml.aggregate import average_params, mean_gradients, streaming_diloco
 from jdml.communicate import error_feedback
-from jdml.communicate.codecs import e3m0
+from jdml.communicate.codecs import e3m0_row
 
 if TYPE_CHECKING:
     from experiments.local_sgd.config import Config
@@ -38,10 +38,10 @@ class Method:
 
     @property
     def codec(self):
-        """4 bits an element, and a byte for a block of 512."""
+        """4 bits an element, and nothing else."""
         if not self.compressed:
             return None
-        return error_feedback(e3m0()) if self.feedback else e3m0()
+        return error_feedback(e3m0_row()) if self.feedback else e3m0_row()
 
 
 SYNCHRONOUS = "synchronous"

@@ -9,6 +9,8 @@ from jdml.communicate.codecs.block_int import int4 as int4
 from jdml.communicate.codecs.block_int import int8 as int8
 from jdml.communicate.codecs.e3m0 import E3M0 as E3M0
 from jdml.communicate.codecs.e3m0 import e3m0 as e3m0
+from jdml.communicate.codecs.e3m0_row import E3M0Row as E3M0Row
+from jdml.communicate.codecs.e3m0_row import e3m0_row as e3m0_row
 from jdml.communicate.codecs.fp8 import Fp8 as Fp8
 from jdml.communicate.codecs.fp8 import fp8 as fp8
 from jdml.communicate.codecs.one_bit import OneBit as OneBit

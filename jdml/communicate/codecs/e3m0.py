@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jdml.communicate.codecs.block_codes import Grid
 from jdml.communicate.codecs.checks import check_block
-from jdml.communicate.codecs.reductions import SIGN, bits_of, float_of, largest, magnitude
+from jdml.communicate.codecs.reductions import bits_of, float_of, largest, magnitude
 from jdml.communicate.codecs.short_rows import ShortRows
 
 _HALF = 1 << 22  # half of the mantissa: added, it carries into the exponent from 1.5 upwards
@@ -50,13 +50,7 @@ class E3M0(ShortRows):
         return scales["exponent"].astype(jnp.int32)
 
     def to_codes(self, x: jax.Array, grid: Grid, noise: jax.Array | None) -> jax.Array:
-        # Of integers throughout: what is subnormal is read alike everywhere.
-        bits = bits_of(x)
-        size = bits & ~SIGN
-        code = jnp.clip(((size + _HALF) >> 23) - grid + 7, 1, 7)
-        # Between zero and the least power there is but one step, which rounds at its middle.
-        middle = jnp.maximum((grid - 7) << 23, _HALF)
-        return jnp.where(size < middle, 0, code) | ((bits >> 28) & 8)
+        return octave(x, grid, 7) | ((bits_of(x) >> 28) & 8)
 
     def from_codes(self, codes: jax.Array, grid: Grid) -> jax.Array:
         # 0 × NaN is NaN: what was not finite stays so.
@@ -64,6 +58,16 @@ class E3M0(ShortRows):
         code = codes.astype(jnp.int32)
         power = jnp.where(code & 7 == 0, 0, ((code & 7) + 120) << 23)
         return float_of(power | ((code & 8) << 28)) * scale
+
+
+def octave(x: jax.Array, grid: Grid, num: int) -> jax.Array:
+    """0 for zero, or ``k`` from 1 to ``num`` for ``2^(e - num + k)``, the nearest to ``|x|``."""
+    # Of integers throughout: what is subnormal is read alike everywhere.
+    size = magnitude(x)
+    code = jnp.clip(((size + _HALF) >> 23) - grid + num, 1, num)
+    # Between zero and the least power there is but one step, which rounds at its middle.
+    middle = jnp.maximum((grid - num) << 23, _HALF)
+    return jnp.where(size < middle, 0, code)
 
 
 def e3m0(block: int = 512) -> E3M0:
@@ -84,6 +88,7 @@ def e3m0(block: int = 512) -> E3M0:
     1/512; shorter ones end in short blocks, so that a small model says no more than it holds. Then
     a block may hold the end of one leaf and the beginning of the next. What is 2^-8 of its
     neighbours says nothing there but through :func:`jdml.communicate.error_feedback`.
+    :func:`e3m0_row` has one scale for a whole message, which costs nothing.
 
     Args:
       block: Number of consecutive elements that share a scale.
