@@ -60,7 +60,7 @@ def residuals(rows: Rows, agree: float, path: Path) -> None:
         of_gap.axhline(agree, color="0.4", lw=1)
         of_gap.set_yscale("log")
         of_gap.set_ylim(3e-17, 10)
-        of_gap.set_title(f"{problem}: objective, relative difference", fontsize=10)
+        of_gap.set_title(f"{problem}: relative difference", fontsize=10)
         of_gap.grid(alpha=0.3)
     for panel in panels[-1]:
         panel.set_xlabel("rounds")

@@ -24,6 +24,7 @@ from jdml.aggregate import (
 )
 from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int8, one_bit, power_sgd, top_k
+from jdml.communicate.frequency import delayed
 from jdml.communicate.pace import log_normal
 from jdml.communicate.topology import random_pairs, ring
 
@@ -65,6 +66,9 @@ OWN = "own models and momenta"
 
 METHODS: dict[str, Method] = {
     "synchronous": Method(lambda: first(mean_gradients("data"))),
+    "synchronous, a step late": Method(
+        lambda: first(delayed(mean_gradients("data"))), "gradients of the last step"
+    ),
     "synchronous, int8": Method(lambda: first(mean_gradients("data", int8()))),
     "synchronous, one bit + EF": Method(
         lambda: first(mean_gradients("data", FEEDBACK)), "residual"

@@ -226,7 +226,8 @@ def plot(config: Config, rows: list[Row]) -> None:
             panel.grid(alpha=0.3)
     panels[-1][0].set_xlabel("rounds")
     panels[-1][1].set_xlabel("bytes that each device has sent")
-    panels[0][1].legend(fontsize=8, loc="upper right")
+    handles = panels[0][0].get_legend_handles_labels()  # all lines; of bytes, one is left out
+    panels[0][1].legend(*handles, fontsize=8, loc="upper right")
     figure.suptitle("Averaging parameters and EC-DNN; bands: least and greatest of the runs")
     figure.savefig(config.out / "ensemble.png", dpi=80)
 

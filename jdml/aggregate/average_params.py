@@ -11,6 +11,7 @@ from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import Every, check_every, is_due
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -34,6 +35,16 @@ class AverageParamsState(NamedTuple):
     outer: Any
     residual: PyTree
     metrics: dict[str, jax.Array]
+
+
+class _Round(NamedTuple):
+    """What a step makes of the workers' models: the moves, and where they lead."""
+
+    moves: PyTree
+    params: PyTree
+    anchor: PyTree
+    outer: Any
+    residual: PyTree
 
 
 def average_params(
@@ -100,12 +111,13 @@ def average_params(
             )
         steps: jax.Array = optax.safe_increment(state.steps)
 
-        def exchange() -> tuple[PyTree, PyTree, Any, PyTree]:
-            moved = optax.apply_updates(params, updates)
+        moved = optax.apply_updates(params, updates)
+
+        def exchange() -> _Round:
             if not anchored:
                 mean, _ = exchange_mean(moved, (), axis, None, topology, wire)
-                return _difference(mean, params), (), (), ()
-            distance = _difference(state.anchor, moved)
+                return _Round(_difference(mean, params, updates), mean, (), (), ())
+            distance = jax.tree.map(jnp.subtract, state.anchor, moved)
             mean, residual = exchange_mean(distance, state.residual, axis, codec, topology, wire)
             if optimizer is None:
                 step, outer_state = jax.tree.map(jnp.negative, mean), ()
@@ -114,26 +126,25 @@ def average_params(
                     mean, state.outer, state.anchor, wire=wire, **extra
                 )
             anchor = optax.apply_updates(state.anchor, step)
-            return _difference(anchor, params), anchor, outer_state, residual
+            moves = _difference(anchor, params, updates)
+            return _Round(moves, anchor, anchor, outer_state, residual)
 
-        def alone() -> tuple[PyTree, PyTree, Any, PyTree]:
-            return updates, state.anchor, state.outer, state.residual
-
-        def exchange_in_dtype() -> tuple[PyTree, PyTree, Any, PyTree]:
-            moves, *rest = exchange()
-            return jax.tree.map(lambda x, u: x.astype(u.dtype), moves, updates), *rest
+        def alone() -> _Round:
+            return _Round(updates, moved, state.anchor, state.outer, state.residual)
 
         if every == 1:
-            moves, anchor, outer_state, residual = exchange()
-            return moves, AverageParamsState(steps, steps, anchor, outer_state, residual, {})
-        due = is_due(every, steps, state.last)
-        result, metrics = choose("average_params", due, (alone, exchange_in_dtype))
-        moves, anchor, outer_state, residual = result
-        last = jnp.where(due, steps, state.last)
-        return moves, AverageParamsState(steps, last, anchor, outer_state, residual, metrics)
+            done, last, metrics = exchange(), steps, dict[str, jax.Array]()
+        else:
+            due = is_due(every, steps, state.last)
+            done, metrics = choose("average_params", due, (alone, exchange))
+            last = jnp.where(due, steps, state.last)
+        settle(wire, done.moves, done.params)
+        return done.moves, AverageParamsState(
+            steps, last, done.anchor, done.outer, done.residual, metrics
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _difference(a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: x - y, a, b)
+def _difference(new: PyTree, old: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda y, x, u: (y - x).astype(u.dtype), new, old, like)

@@ -11,6 +11,7 @@ from jdml.communicate import Wire, on_shards, per_worker
 from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import Axis
 from jdml.communicate.topology import Graph, neighbour_sum
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -97,6 +98,9 @@ def choco(
             own = jnp.asarray(over.weights.diagonal(), jnp.float32)[jax.lax.axis_index(axis)]
             public = jax.tree.map(jnp.add, public, said)
             pull = jax.tree.map(lambda p, h, s: p + (h - (1 - own) * s), pull, heard, said)
+            # Made once: else all of it is read again where the model is mixed. One barrier for each
+            # leaf: together (jax 0.10) all would vary as any of them does.
+            pull = jax.tree.map(jax.lax.optimization_barrier, pull)
             mixed = jax.tree.map(lambda x, p: (x + gamma * p).astype(x.dtype), x, pull)
             return mixed, public, pull
 
@@ -105,6 +109,7 @@ def choco(
             exchange, wire, trees, () if key is None else (key,), num_outputs=3
         )
         moves = jax.tree.map(lambda m, x, u: (m - x).astype(u.dtype), mixed, params, updates)
+        settle(wire, moves, mixed)
         return moves, ChocoState(public, pull)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -12,6 +12,7 @@ from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import check_every
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -100,7 +101,9 @@ def elastic_average(
                 f"0.9 / {num_workers} = {0.9 / num_workers:.3g}."
             )
 
-        def exchange() -> tuple[PyTree, PyTree, PyTree]:
+        moved = optax.apply_updates(params, updates)
+
+        def exchange() -> tuple[PyTree, PyTree, PyTree, PyTree]:
             apart = jax.tree.map(
                 lambda x, c: x.astype(jnp.float32) - c.astype(jnp.float32), params, state.center
             )
@@ -109,20 +112,20 @@ def elastic_average(
             center = jax.tree.map(
                 lambda c, d: (c + alpha * num_workers * d).astype(c.dtype), state.center, mean
             )
-            return moves, center, residual
+            pulled = jax.tree.map(lambda y, d: (y - alpha * d).astype(y.dtype), moved, apart)
+            return moves, pulled, center, residual
 
-        def alone() -> tuple[PyTree, PyTree, PyTree]:
-            return updates, state.center, state.residual
+        def alone() -> tuple[PyTree, PyTree, PyTree, PyTree]:
+            return updates, moved, state.center, state.residual
 
         steps: jax.Array = optax.safe_increment(state.steps)
         if every == 1:
-            moves, center, residual = exchange()
-            return moves, ElasticAverageState(steps, center, residual, {})
-        (moves, center, residual), metrics = choose(
-            "elastic_average",
-            state.steps % every == 0,
-            (alone, exchange),
-        )
+            result, metrics = exchange(), dict[str, jax.Array]()
+        else:
+            due = state.steps % every == 0
+            result, metrics = choose("elastic_average", due, (alone, exchange))
+        moves, moved, center, residual = result
+        settle(wire, moves, moved)
         return moves, ElasticAverageState(steps, center, residual, metrics)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -14,6 +14,7 @@ from jdml.communicate.collectives.all_reduce import Axis
 from jdml.communicate.frequency import Every, check_every, is_due
 from jdml.communicate.topology import Graph, mix
 from jdml.communicate.topology.mix import round_taken
+from jdml.communicate.wire import settle
 
 PyTree = Any
 GraphOf = Graph | Callable[[int], Graph]
@@ -102,23 +103,28 @@ def gossip(
         over = graph_for("gossip", graph, axis, doubly=True)
         adapted = optax.apply_updates(params, updates)
 
-        def exchange() -> PyTree:
+        def exchange() -> tuple[PyTree, PyTree]:
             if order == "adapt_then_combine":
                 mixed = mix_shards(adapted, axis, over, state.rounds, codec, wire)
             else:
                 mixed = mix_shards(params, axis, over, state.rounds, codec, wire)
-                mixed = optax.apply_updates(mixed, updates)
-            return jax.tree.map(lambda m, x, u: (m - x).astype(u.dtype), mixed, params, updates)
+                # The updates, as they are in ``adapted``: no further copy of them is kept for this.
+                mixed = jax.tree.map(lambda y, m, x: y + (m - x), adapted, mixed, params)
+            moves = jax.tree.map(lambda m, x, u: (m - x).astype(u.dtype), mixed, params, updates)
+            return moves, mixed
 
         steps: jax.Array = optax.safe_increment(state.steps)
         taken = round_taken(over, state.rounds)
         if every == 1:
-            return exchange(), GossipState(steps, steps, state.rounds + 1, taken)
-        due = is_due(every, steps, state.last)
-        moves, metrics = choose("gossip", due, (lambda: updates, exchange))
-        last = jnp.where(due, steps, state.last)
-        rounds = state.rounds + due.astype(jnp.int32)
-        return moves, GossipState(steps, last, rounds, taken | metrics)
+            (moves, mixed), last, rounds = exchange(), steps, state.rounds + 1
+        else:
+            due = is_due(every, steps, state.last)
+            (moves, mixed), metrics = choose("gossip", due, (lambda: (updates, adapted), exchange))
+            taken |= metrics
+            last = jnp.where(due, steps, state.last)
+            rounds = state.rounds + due.astype(jnp.int32)
+        settle(wire, moves, mixed)
+        return moves, GossipState(steps, last, rounds, taken)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -16,6 +16,7 @@ from jdml.communicate.codecs.reducer import Reducer
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.collectives.payloads import key_of
 from jdml.communicate.error_feedback import ErrorFeedback
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -190,25 +191,23 @@ def parameter_server(
 
         if pull_every == 1:
 
-            def exchange() -> tuple[PyTree, Any, PyTree, ServerResidual]:
+            def exchange() -> tuple[PyTree, PyTree, Any, PyTree, ServerResidual]:
                 moves, inner_state, rest, owed = serve()
                 said, left = slices.owned_to_all(moves, debts.pull, pull, _with_key(wire, 1))
-                return said, inner_state, rest, ServerResidual(owed, left)
+                new = _sum(params, said)
+                return _in_dtypes(said, updates), new, inner_state, rest, ServerResidual(owed, left)
 
-            def exchange_in_dtype() -> tuple[PyTree, Any, PyTree, ServerResidual]:
-                said, *rest = exchange()
-                return _in_dtypes(said, updates), *rest
-
-            def wait() -> tuple[PyTree, Any, PyTree, ServerResidual]:
-                return _no_move(updates), state.inner, accrued, debts
+            def wait() -> tuple[PyTree, PyTree, Any, PyTree, ServerResidual]:
+                return _no_move(updates), params, state.inner, accrued, debts
 
             if push_every == 1:
-                moves, inner_state, accrued, debts = exchange()
+                moves, new, inner_state, accrued, debts = exchange()
                 accrued = ()
             else:
-                (moves, inner_state, accrued, debts), metrics = choose(
-                    _PUSH, steps % push_every == 0, (wait, exchange_in_dtype)
+                (moves, new, inner_state, accrued, debts), metrics = choose(
+                    _PUSH, steps % push_every == 0, (wait, exchange)
                 )
+            settle(wire, moves, new)
             return moves, ParameterServerState(
                 steps, inner_state, accrued, (), (), (), debts, metrics
             )
@@ -232,21 +231,24 @@ def parameter_server(
             mine, local_state = alone.update(updates, state.local, params, wire=wire, **extra)
             mine = _in_dtypes(mine, updates)
 
-        def fetch() -> tuple[PyTree, PyTree, PyTree, dict[str, jax.Array]]:
+        def fetch() -> tuple[PyTree, PyTree, PyTree, PyTree, dict[str, jax.Array]]:
             said, left = slices.owned_to_all(pending, debts.pull, pull, _with_key(wire, 1))
             anchor: PyTree = ()
+            new = _sum(params if alone is None else state.anchor, said)
             if alone is not None:
-                anchor = _sum(state.anchor, said)
+                anchor = new
                 said = jax.tree.map(lambda a, x: a - x, anchor, params)
-            return _in_dtypes(said, updates), anchor, _zeros(pending), left
+            return _in_dtypes(said, updates), new, anchor, _zeros(pending), left
 
         # Nothing new since the last pull: nothing to say, and nothing to undo.
         pull_due = steps % pull_every == 0
         if alone is None:
             pull_due &= steps // push_every > (steps - pull_every) // push_every
-        (moves, anchor, pending, left), pulled = choose(
-            _PULL, pull_due, (lambda: (mine, state.anchor, pending, debts.pull), fetch)
+        gone = params if alone is None else optax.apply_updates(params, mine)
+        (moves, new, anchor, pending, left), pulled = choose(
+            _PULL, pull_due, (lambda: (mine, gone, state.anchor, pending, debts.pull), fetch)
         )
+        settle(wire, moves, new)
         return moves, ParameterServerState(
             steps,
             inner_state,

@@ -12,6 +12,7 @@ from jdml.communicate.codecs import Codec
 from jdml.communicate.collectives.all_reduce import Axis
 from jdml.communicate.topology import mix, one_peer_exponential
 from jdml.communicate.topology.mix import round_taken
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -84,9 +85,9 @@ def push_sum(
         )
         mixed = mix_shards(numerator, axis, over, state.rounds, codec, wire)
         weight = mix(per_worker(state.weight, axis), axis, over, state.rounds)
-        moves = jax.tree.map(
-            lambda x, z, u: (x / weight - z).astype(u.dtype), mixed, params, updates
-        )
+        ratio = jax.tree.map(lambda x: x / weight, mixed)
+        moves = jax.tree.map(lambda y, z, u: (y - z).astype(u.dtype), ratio, params, updates)
+        settle(wire, moves, ratio)
         return moves, PushSumState(state.rounds + 1, weight, round_taken(over, state.rounds))
 
     return optax.GradientTransformationExtraArgs(init, update)

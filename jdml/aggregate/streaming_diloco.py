@@ -13,6 +13,7 @@ from jdml.communicate.branch import branch, choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import check_every
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -42,6 +43,7 @@ class _Fragment(NamedTuple):
     """What a step makes of one fragment: its leaves in their places, none in the others'."""
 
     moves: PyTree
+    params: PyTree
     anchor: PyTree
     outer: Any
     residual: PyTree
@@ -129,13 +131,14 @@ def streaming_diloco(
             )
         ids = fragments(params)
         steps: jax.Array = optax.safe_increment(state.steps)
+        moved = optax.apply_updates(params, updates)
 
         # All that is of use in few steps only stands in their branches: others pass it by.
         def _distance(p: int, anchor: PyTree) -> PyTree:
             return jax.tree.map(lambda a, x: a - x, anchor, _moved(p))
 
         def _moved(p: int) -> PyTree:
-            return optax.apply_updates(_part(params, ids, p), _part(updates, ids, p))
+            return _part(moved, ids, p)
 
         def _round(p: int) -> _Fragment:
             anchor = _part(state.anchor, ids, p)
@@ -143,18 +146,23 @@ def streaming_diloco(
             mean, residual = exchange_mean(sent, state.residual[p], axis, codec, topology, wire)
             step, outer_state = optimizer.update(mean, state.outer[p], anchor, **extra)
             anchor = optax.apply_updates(anchor, step)
-            mixed = jax.tree.map(
-                lambda x, a, old, u: (mixing * x + (1 - mixing) * a - old).astype(u.dtype),
-                _moved(p),
-                anchor,
+            mixed = anchor
+            if mixing:
+                mixed = jax.tree.map(
+                    lambda x, a: (mixing * x + (1 - mixing) * a).astype(x.dtype), _moved(p), anchor
+                )
+            moves = jax.tree.map(
+                lambda y, x, u: (y - x).astype(u.dtype),
+                mixed,
                 _part(params, ids, p),
                 _part(updates, ids, p),
             )
-            return _Fragment(mixed, anchor, outer_state, residual)
+            return _Fragment(moves, mixed, anchor, outer_state, residual)
 
         def _alone(p: int) -> _Fragment:
             return _Fragment(
                 _part(updates, ids, p),
+                _moved(p),
                 _part(state.anchor, ids, p),
                 state.outer[p],
                 state.residual[p],
@@ -177,8 +185,10 @@ def streaming_diloco(
                 )
             results.append(result)
             metrics |= metric
-        moves, anchors, outers, residuals = zip(*results, strict=True)
-        return _joined(updates, ids, moves), StreamingDiLoCoState(
+        moves, news, anchors, outers, residuals = zip(*results, strict=True)
+        joined = _joined(updates, ids, moves)
+        settle(wire, joined, _joined(params, ids, news))
+        return joined, StreamingDiLoCoState(
             steps,
             _joined(state.anchor, ids, anchors),
             outers,

@@ -13,6 +13,7 @@ from jdml.communicate.branch import choose, first_branch
 from jdml.communicate.collectives.all_reduce import Axis, Content, check_exchange
 from jdml.communicate.exchange import exchange_mean, init_exchange
 from jdml.communicate.frequency import is_due
+from jdml.communicate.wire import settle
 
 PyTree = Any
 
@@ -191,7 +192,10 @@ def zero_one_adam(
         def decayed(x: PyTree, by: jax.Array, moved: PyTree) -> PyTree:
             return jax.tree.map(lambda x, d: -d - weight_decay * by * x, x, moved)
 
-        def together() -> tuple[PyTree, PyTree, PyTree, Any, Any, PyTree, PyTree]:
+        def moved(by: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, d, p: (x + d).astype(p.dtype), model, by, params)
+
+        def together() -> tuple[PyTree, PyTree, PyTree, PyTree, Any, Any, PyTree, PyTree]:
             mine = mu
             if local:
                 known = jnp.where(rate > 0, rate, 1)
@@ -203,21 +207,32 @@ def zero_one_adam(
             change = decayed(start, decay_rate, preconditioned(move, nu, settled, eps))
             zero = jnp.zeros((), jnp.float32)
             if not local:
-                return change, mean, (), zero, zero, (), residual
+                return change, moved(change), mean, (), zero, zero, (), residual
             anchor = jax.tree.map(jnp.add, start, change)
             change = jax.tree.map(jnp.subtract, anchor, model)
-            return change, mean, zeros(progress), zero, zero, anchor, residual
+            new = jax.tree.map(lambda a, p: a.astype(p.dtype), anchor, params)
+            return change, new, mean, zeros(progress), zero, zero, anchor, residual
 
-        def alone() -> tuple[PyTree, PyTree, PyTree, Any, Any, PyTree, PyTree]:
+        def alone() -> tuple[PyTree, PyTree, PyTree, PyTree, Any, Any, PyTree, PyTree]:
             change = decayed(model, step_rate, preconditioned(move, nu, settled, eps))
-            return change, mu, progress, rate, decay_rate, state.anchor, state.residual
+            return (
+                change,
+                moved(change),
+                mu,
+                progress,
+                rate,
+                decay_rate,
+                state.anchor,
+                state.residual,
+            )
 
         due = is_due(interval, steps, state.last)
         if local:
-            (change, *rest), taken = choose(_MOMENTUM, due, (alone, together))
+            (change, new, *rest), taken = choose(_MOMENTUM, due, (alone, together))
             metrics = metrics | taken
         else:
-            change, *rest = together()
+            change, new, *rest = together()
+        settle(wire, change, new)
         last = jnp.where(due, steps, state.last)
         mu, progress, rate, decay_rate, anchor, residual = rest
         return change, ZeroOneAdamState(

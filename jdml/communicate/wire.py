@@ -10,12 +10,40 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import PartitionSpec
 
 from jdml.sharding.paths import path_str
 from jdml.sharding.region import varying_axes as varying_axes
 
 PyTree = Any
+
+
+class Settled:
+    """Parameters that a transformation made itself, by the updates that would lead to them.
+
+    A transformation that knows the new parameters ``y`` must return ``y - x``, and whoever applies
+    that reads both again, to arrive at ``y`` but for a rounding. Here it notes ``y`` beside what it
+    returns. If that very array is what the whole chain returns, ``y`` is taken, and the compiler
+    drops the difference; from any other transformation comes another array, added as always.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+    def note(self, updates: PyTree, params: PyTree) -> None:
+        """``params`` are what ``updates`` lead to, leaf by leaf."""
+        for u, y in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            self._known[id(u)] = u, y  # with u, whose id nothing else gets then
+
+    def apply(self, params: PyTree, updates: PyTree) -> PyTree:
+        """``optax.apply_updates``, or what was noted."""
+        added = optax.apply_updates(params, updates)
+
+        def new(x: jax.Array, u: jax.Array, sum_: jax.Array) -> jax.Array:
+            return self._known[id(u)][1].astype(x.dtype) if id(u) in self._known else sum_
+
+        return jax.tree.map(new, params, updates, added)
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +58,7 @@ class Wire:
       key: Typed PRNG key of this step, the same on every worker; ``None`` if there is none.
       other_axes: Mesh axes besides the workers', which are automatic outside :func:`on_shards`.
       specs: ``(leaf path, PartitionSpec over other_axes)`` of every parameter.
+      settled: New parameters that are known before updates are added.
     """
 
     key: jax.Array | None
@@ -37,6 +66,21 @@ class Wire:
     specs: tuple[tuple[str, PartitionSpec], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
+    settled: Settled = dataclasses.field(
+        default_factory=Settled, metadata={"static": True}, compare=False
+    )
+
+
+def settle(wire: Wire | None, updates: PyTree, params: PyTree) -> None:
+    """Notes in ``wire``, if there is one, which parameters ``updates`` lead to: :class:`Settled`.
+
+    Args:
+      wire: What ``update`` was given.
+      updates: What ``update`` is about to return.
+      params: In the parameters' dtypes, up to a cast.
+    """
+    if wire is not None:
+        wire.settled.note(updates, params)
 
 
 def on_shards(

@@ -185,7 +185,7 @@ class StepProgram:
         others = tuple(a for a in self.mesh.axis_names if a not in axes_of(self.workers))
         wire = Wire(key, others, self.wire_specs)
         updates, opt_state = self.tx.update(gradients, opt_state, params, wire=wire, value=loss)
-        return strong(optax.apply_updates(params, updates)), strong(opt_state)
+        return strong(wire.settled.apply(params, updates)), strong(opt_state)
 
     def split_batch(self, batch: PyTree) -> PyTree:
         """``[batch, ...]`` to ``[workers, (accumulate,) batch per worker, ...]``."""

@@ -7,7 +7,8 @@ import pytest
 from benchmarks.aggregate import __main__ as benchmark
 from benchmarks.aggregate.cases import CASES, HANDS, OPTIMIZERS
 from benchmarks.aggregate.hand import hand_written
-from benchmarks.aggregate.measure import Bench, Seconds, Size, Times, check_phase
+from benchmarks.aggregate.measure import Bench, Seconds, Size, Times, check_phase, open_between
+from benchmarks.aggregate.passes import Count
 from jdml.models import TransformerConfig
 from jdml.train import make_step
 from tests.aggregate.methods import METHODS
@@ -72,7 +73,7 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
         def __init__(self, size):
             pass
 
-        def measure(self, name, rounds):
+        def measure(self, name, rounds, most):
             asked.append(name)
             return {"alone": Times([Seconds(1.0, 1.0)], [Seconds(1.0, 1.0)])}
 
@@ -80,7 +81,7 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     kept = tmp_path / "rows.json"
 
     def run(*methods, rounds=1):
-        return benchmark.main(benchmark.Options(TINY, rounds, methods, kept))
+        return benchmark.main(benchmark.Options(TINY, rounds, methods=methods, json=kept))
 
     assert run("bmuf") == 0
     assert run("bmuf", "choco") == 0
@@ -89,8 +90,29 @@ def test_what_was_measured_is_kept(tmp_path, monkeypatch):
     assert asked == ["bmuf", "choco", "bmuf"]
 
 
+def test_rounds_go_on_while_a_target_is_within_the_bounds():
+    def of(*ratios):
+        return Times([Seconds(x, x) for x in ratios], [Seconds(1.0, 1.0)] * len(ratios))
+
+    assert of(*np.arange(1, 10)).summary()["low"] == 2  # ranks 2 and 8 of 9: 96 of 100
+    assert of(*np.arange(1, 10)).summary()["high"] == 8
+    assert open_between("alone", of(1.0, 1.2))
+    assert not open_between("alone", of(1.0, 1.04))
+    assert not open_between("exchange", of(1.11, 1.2))
+
+
+def test_a_step_without_exchange_passes_over_parameters_as_plain_training_does():
+    count = Count(64)
+    alone = count.hand("alone", "adamw")
+    averaged = count.method("average_params, outer (DiLoCo)")
+    assert averaged.alone == pytest.approx(alone, rel=0.01)
+    # The distance from the anchor (3), its sum (2) and mean (2), the momentum (3), the anchor (4),
+    # and its copy (2).
+    assert averaged.exchange - alone < 16.1
+
+
 def test_misses_are_told():
-    row = {"alone": {"ratio": 1.06}, "exchange": {"ratio": 1.09}}
+    row = {"alone": {"ratio": 1.08, "low": 1.06}, "exchange": {"ratio": 1.11, "low": 1.09}}
     assert benchmark.over(row) == ["alone"]
     with pytest.raises(ValueError, match="in none of mean_gradients"):
         benchmark.chosen(benchmark.Options(methods=("nobody",)))

@@ -108,7 +108,7 @@ def neighbour_sum(
             payload = codec.encode_rows(vector[None], draws)
         # Barrier: fused into its users, the payload would be computed once for each of them.
         payload = jax.lax.optimization_barrier(payload)
-        buffer = vector if codec is None else pack(payload)
+        buffer = payload if codec is None else pack(payload)
 
         def read(buffer: jax.Array) -> jax.Array:
             if codec is None:
@@ -137,7 +137,7 @@ def neighbour_sum(
             branches = [lambda r=r: carried_by(r) for r in rounds]
             with jax.named_scope(f"branch.{ROUND}"):
                 heard = jax.lax.switch(step % graph.period, branches)
-        said = vector if codec is None else codec.decode_rows(payload, vector.size)[0]
+        said = payload if codec is None else codec.decode_rows(payload, vector.size)[0]
         return heard, said
 
     # Two results per bucket, so two lists of leaves.
