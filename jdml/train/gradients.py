@@ -16,12 +16,15 @@ Metrics = dict[str, jax.Array]
 Gradients = tuple[PyTree, jax.Array, Metrics, PyTree]
 """``(gradients, loss, metrics, model_state)``"""
 Mapping = Literal["vmap", "shard_map"]
+Scale = jax.Array | None
 
 
 def gradients_of(
     loss_fn: Callable[..., tuple[jax.Array, Any]], accumulate: int, has_model_state: bool
-) -> Callable[[PyTree, PyTree, PyTree, jax.Array], Gradients]:
-    """``(params, model_state, batch, key) -> Gradients`` for one worker.
+) -> Callable[[PyTree, PyTree, PyTree, jax.Array, Scale], Gradients]:
+    """``(params, model_state, batch, key, scale) -> Gradients`` for one worker.
+
+    ``scale`` multiplies the loss that is differentiated, not the one that is returned; None for 1.
 
     Args:
       loss_fn: As ``make_step`` takes it.
@@ -30,30 +33,40 @@ def gradients_of(
         micro-batch to micro-batch.
     """
 
-    def objective(params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array) -> Any:
+    def objective(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array, scale: Scale
+    ) -> Any:
         if has_model_state:
             loss, (metrics, model_state) = loss_fn(params, model_state, batch, key)
         else:
             loss, metrics = loss_fn(params, batch, key)
         check_loss(loss, metrics)
-        return loss, (metrics, model_state)
+        # In f32: a scale may lie beyond what the loss's own dtype holds.
+        scaled = loss if scale is None else loss.astype(jnp.float32) * scale
+        return scaled, (loss, metrics, model_state)
 
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
 
-    def whole(params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array) -> Gradients:
-        (loss, (metrics, model_state)), gradients = value_and_grad(params, model_state, batch, key)
+    def whole(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array, scale: Scale
+    ) -> Gradients:
+        (_, aux), gradients = value_and_grad(params, model_state, batch, key, scale)
+        loss, metrics, model_state = aux
         return gradients, loss, metrics, model_state
 
-    def in_parts(params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array) -> Gradients:
+    def in_parts(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array, scale: Scale
+    ) -> Gradients:
         def micro_step(carry: PyTree, x: PyTree) -> tuple[PyTree, None]:
             totals, model_state = carry
             part, number = x
-            *terms, model_state = whole(params, model_state, part, jax.random.fold_in(key, number))
+            part_key = jax.random.fold_in(key, number)
+            *terms, model_state = whole(params, model_state, part, part_key, scale)
             totals = jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, terms)
             return (totals, model_state), None
 
         first = jax.tree.map(lambda x: x[0], batch)
-        *shapes, _ = jax.eval_shape(whole, params, model_state, first, key)
+        *shapes, _ = jax.eval_shape(whole, params, model_state, first, key, scale)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s.dtype)), shapes)
         (totals, model_state), _ = jax.lax.scan(
             micro_step, (zeros, model_state), (batch, jnp.arange(accumulate))
@@ -82,6 +95,8 @@ def over_workers(
 ) -> Callable[..., Gradients]:
     """``gradients`` on every worker at once: batch, keys and results have a leading worker dim.
 
+    The scale of the loss is one for all.
+
     Both mappings leave the other mesh axes automatic and give the same numbers:
 
     - ``"vmap"`` with ``spmd_axis_name`` compiles for every mesh and topology tried. The worker dim,
@@ -101,22 +116,25 @@ def over_workers(
     flags = (params_flags, model_state_flags)
     if mapping == "vmap":
         in_axes = jax.tree.map(lambda flag: 0 if flag else None, flags)
-        return jax.vmap(gradients, in_axes=(*in_axes, 0, 0), spmd_axis_name=axis)
+        return jax.vmap(gradients, in_axes=(*in_axes, 0, 0, None), spmd_axis_name=axis)
     in_specs = jax.tree.map(lambda flag: P(axis) if flag else P(), flags)
 
-    def on_worker(params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array) -> Gradients:
+    def on_worker(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array, scale: Scale
+    ) -> Gradients:
         params, model_state = jax.tree.map(
             lambda x, flag: x[0] if flag else x, (params, model_state), flags
         )
         batch = jax.tree.map(lambda x: x[0], batch)
-        return jax.tree.map(lambda x: x[None], gradients(params, model_state, batch, key[0]))
+        found = gradients(params, model_state, batch, key[0], scale)
+        return jax.tree.map(lambda x: x[None], found)
 
     # Unchecked: types that vary over the workers would have to be declared in every loop of the
     # user's loss, and nothing in it is exchanged over this axis.
     return jax.shard_map(
         on_worker,
         mesh=mesh,
-        in_specs=(*in_specs, P(axis), P(axis)),
+        in_specs=(*in_specs, P(axis), P(axis), P()),
         out_specs=P(axis),
         axis_names=set(axes_of(axis)),
         check_vma=False,

@@ -12,11 +12,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdml.communicate import Wire
+from jdml.partition.pipeline import Pipeline
 from jdml.sharding import Rules, optimizer_specs, use_rules, zero_specs
 from jdml.sharding.fit import axes_of, num_parts
 from jdml.sharding.paths import leaves_with_paths
 from jdml.train.gradients import Mapping, Metrics, gradients_of, over_workers
+from jdml.train.loss_scale import check_outermost, loss_scale_of
 from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shapes, strong
+from jdml.train.unused import UPDATE_SCOPE
 from jdml.train.validate import Axis, check_batch, check_params, check_specs, spec_leaves
 
 PyTree = Any
@@ -45,6 +48,7 @@ class StepProgram:
     flags: TrainState | None = dataclasses.field(default=None, init=False)
     param_specs: PyTree = dataclasses.field(default=None, init=False)
     divided_specs: PyTree = dataclasses.field(default=None, init=False)
+    scales_loss: bool = dataclasses.field(default=False, init=False)
     _storage: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +57,11 @@ class StepProgram:
         self.num_workers = num_parts(self.workers, self.mesh)
 
     # Layout
+
+    @property
+    def dividing_axes(self) -> tuple[str, ...]:
+        """Axes that divide something whatever the loss does."""
+        return (*axes_of(self.workers), *self.batch_axes)
 
     def plan(self, params: PyTree, key: jax.Array, model_state: PyTree) -> TrainState:
         """Finds out where every leaf lives; returns the abstract state with shardings."""
@@ -83,6 +92,13 @@ class StepProgram:
             init = lambda p: strong(self.tx.init(p))  # noqa: E731
             self._storage = asked, find_storage(self.region, init, update, shapes)
         opt_state, params_flags, opt_flags = self._storage[1]
+        check_outermost(opt_state)
+        self.scales_loss = loss_scale_of(opt_state) is not None
+        if self.scales_loss and isinstance(self.loss_fn, Pipeline):
+            raise ValueError(
+                "make_step: dynamic_loss_scale with a pipeline, which computes its gradients of "
+                "the loss as it is and scales them after: too late for float16. Use bfloat16."
+            )
         local = self.model_state == "local"
         self.flags = TrainState(
             False, params_flags, opt_flags, jax.tree.map(lambda _: local, model_state), False
@@ -155,9 +171,14 @@ class StepProgram:
             flags.params,
             flags.model_state,
         )
+        scaling = loss_scale_of(state.opt_state)
         with self.rules_context():
             gradients, losses, metrics, model_state = per_worker_gradients(
-                state.params, state.model_state, self.split_batch(batch), worker_keys
+                state.params,
+                state.model_state,
+                self.split_batch(batch),
+                worker_keys,
+                None if scaling is None else scaling.loss_scale,
             )
         gradients = jax.tree.map(
             lambda g, spec: self.constrain(g, PartitionSpec(self.workers, *spec)),
@@ -166,14 +187,22 @@ class StepProgram:
         )
         loss = jnp.mean(losses, axis=0)
         everywhere = jax.tree.map(lambda _: True, gradients)
-        params, opt_state = self.region.run(
-            self.update,
-            (gradients, state.params, state.opt_state, loss, update_key),
-            (everywhere, flags.params, flags.opt_state, False, False),
-            (flags.params, flags.opt_state),
-        )
+        with jax.named_scope(UPDATE_SCOPE):
+            params, opt_state = self.region.run(
+                self.update,
+                (gradients, state.params, state.opt_state, loss, update_key),
+                (everywhere, flags.params, flags.opt_state, False, False),
+                (flags.params, flags.opt_state),
+            )
         if self.model_state == "mean":
             model_state = jax.tree.map(_mean_over_workers, model_state)
+        if scaling is not None:
+            after = loss_scale_of(opt_state)
+            assert after is not None
+            taken = after.skipped_steps == scaling.skipped_steps
+            model_state = jax.tree.map(
+                lambda new, old: jnp.where(taken, new, old), model_state, state.model_state
+            )
         metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
         state = TrainState(state.step + 1, params, opt_state, strong(model_state), state.key)
         return state, {"loss": loss, **metrics, **_metrics_of(opt_state)}

@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 
 from jdml.sharding import Rules
 from jdml.train.gradients import Mapping, Metrics, default_mapping
+from jdml.train.loss_scale import check_float16
 from jdml.train.program import StepProgram, Zero
 from jdml.train.state import TrainState
+from jdml.train.unused import axes_in_jaxpr, equations, unused_axes, warn_of_unused
 from jdml.train.validate import check_arguments, check_batches, check_steps_per_call
 
 PyTree = Any
@@ -101,6 +103,9 @@ def make_step(
       ValueError: before anything is compiled: an axis that the mesh lacks, specs that use the
           worker axis, parameters that are not floating, a batch that the workers do not divide or
         that does not hold ``steps_per_call`` batches.
+
+    Warns:
+      UserWarning: at the first step, of a mesh axis longer than 1 along which nothing is divided.
     """
     check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping, zero)
     check_steps_per_call(steps_per_call)
@@ -172,21 +177,39 @@ class TrainStep:
         self._program = program
         self._jitted: Any = None
         self._signature: Any = None
+        self._traced_checked = False
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         if self._jitted is None:
             raise ValueError("Call init(params, key), or init.abstract(params), before step.")
+        self._check_traced(state, batch)
         return self._jitted(state, batch)
 
     def lower(self, state: TrainState, batch: PyTree) -> Any:
         """``jax.jit(step).lower``; arrays or ``ShapeDtypeStruct``s."""
         if self._jitted is None:
             raise ValueError("Call init(params, key), or init.abstract(params), before step.lower.")
+        self._check_traced(state, batch)
         return self._jitted.lower(state, batch)
 
     def consensus(self, state: TrainState) -> tuple[PyTree, PyTree]:
         """``(params, model_state)`` without worker dims: means over workers where they differ."""
         return self._program.consensus(state)
+
+    def _check_traced(self, state: TrainState, batch: PyTree) -> None:
+        """What only the traced loss tells, once: unused mesh axes, a loss scale without float16."""
+        leaves = jax.tree.leaves((state, batch))
+        if self._traced_checked or any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return
+        program = self._program
+        left = unused_axes(program.mesh, program.dividing_axes, leaves)
+        if left or program.scales_loss:  # JAX keeps the trace for the call that follows
+            jaxpr = self._jitted.trace(state, batch).jaxpr
+            if program.scales_loss:
+                check_float16(equations(jaxpr))
+            named = axes_in_jaxpr(jaxpr) if left else set()
+            warn_of_unused(program.mesh, tuple(axis for axis in left if axis not in named))
+        self._traced_checked = True
 
     def _ready(self, abstract: TrainState) -> None:
         signature = jax.tree.flatten(abstract)
