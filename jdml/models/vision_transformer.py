@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jdml.models.transformer.config import Dtype, Remat, TransformerConfig
-from jdml.models.transformer.decoder import Block, remat
+from jdml.models.transformer.decoder import Block
 from jdml.models.transformer.layers import Dense, LearnedPositions, make_norm, param
+from jdml.models.transformer.remat import remat
 from jdml.sharding import constrain
 
 

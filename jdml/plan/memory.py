@@ -77,7 +77,9 @@ def predict_memory(
     tokens = batch // (layout.data * layout.fsdp) * seq
     narrow = width * stacked if width < 4 else 0
     stream = width * tokens * config.embed_dim
-    saved = config.num_layers * _saved(config, layout, tokens, seq)
+    # Offloaded, a layer's leaves the chip while the next one runs.
+    kept_layers = min(2, config.num_layers) if config.offloads else config.num_layers
+    saved = kept_layers * _saved(config, layout, tokens, seq)
     head = config.embed_dim * config.vocab_size // layout.model
     scattered = returns_scattered(topology, layout)
 
@@ -123,9 +125,9 @@ def _beyond_scratch(total: float, largest: int, topology: Topology) -> float:
 def _saved(config: TransformerConfig, layout: Layout, tokens: int, seq: int) -> int:
     """Bytes that one layer's forward pass leaves."""
     width = config.compute_dtype.itemsize
-    if config.remat == "full":
+    if config.recomputes == "full":
         return width * tokens * config.embed_dim
-    if config.remat == "dots":
+    if config.recomputes == "dots":
         heads = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
         divided = (heads + 2 * config.mlp_dim) // layout.model
         return width * tokens * (2 * config.embed_dim + divided)

@@ -118,7 +118,7 @@ def predict_flops(config: TransformerConfig, layout: Layout, batch: int, seq: in
     products = 2 * sum(kernels.values()) / config.num_layers
     scores = 4 * seq * config.num_heads * config.head_dim
     last = 2 * config.embed_dim * config.mlp_dim
-    again = {"full": products + scores - last, "dots": scores, "none": 0}[config.remat]
+    again = {"full": products + scores - last, "dots": scores, "none": 0}[config.recomputes]
     head = 2 * config.embed_dim * config.vocab_size
     again_head = head if config.vocab_size > SMALL_VOCABULARY else 0
     layers = config.num_layers * (3 * (products + scores) + again)

@@ -152,7 +152,7 @@ def _activations(config: TransformerConfig, layout: Layout, batch: int, seq: int
     here = batch // (layout.data * layout.fsdp)
     stream = here * seq * config.embed_dim
     width = config.compute_dtype.itemsize
-    per_layer = 5 if config.remat == "full" else 4
+    per_layer = 5 if config.recomputes == "full" else 4
     chunks = num_chunks(config, seq)
     # Forward the largest logit and the sum of exponentials of each position, and the target's
     # logit; and the largest and the sum again backward.

@@ -99,8 +99,18 @@ def num_parts_of_name(name: Any) -> int:
 
 def platform() -> str:
     """``"cpu"``, ``"gpu"``, ``"tpu"``: what the mesh in force is made of, or JAX's default."""
-    mesh = current_context("platform")[0]
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return first_device().platform
+
+
+def first_device() -> Any:
+    """The first device of the mesh in force, which need not be there; or JAX's first."""
+    mesh = current_context("first_device")[0]
+    return jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def memory_kinds() -> frozenset[str]:
+    """Memories that a device of the mesh in force reaches: ``"device"``, ``"pinned_host"``, …."""
+    return frozenset(memory.kind for memory in first_device().addressable_memories())
 
 
 def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -21,6 +21,17 @@ def test_attend_equals_jax():
     )
 
 
+def test_attention_by_jax(make, tokens, forward):
+    """The same model but for rounding; cuDNN's is refused where there is no GPU to run it."""
+    wanted = forward(make(), tokens)
+    got = forward(make(attention="xla"), tokens)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="takes no float32"):
+        make(attention="cudnn")
+    with pytest.raises(ValueError, match="is for NVIDIA GPUs"):
+        make(attention="cudnn", dtype="bfloat16")(tokens)
+
+
 def test_scores_depend_on_the_distance_alone():
     query, key = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
 

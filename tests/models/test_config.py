@@ -22,7 +22,7 @@ from jdml.models import Transformer, TransformerConfig
         ({"dropout": float("nan")}, "dropout"),
         ({"rope_base": 0.0}, "rope_base"),
         ({"norm_epsilon": float("inf")}, "norm_epsilon"),
-        ({"dtype": "float16"}, "dtype"),
+        ({"dtype": "float64"}, "dtype"),
         ({"remat": "some"}, "remat"),
         ({"norm": "batch"}, "norm must be one of"),
         ({"positions": "none"}, "positions"),

@@ -106,7 +106,7 @@ def test_other_images_are_refused(images):
         ({"num_heads": 7}, "embed_dim=768 must be a multiple of num_heads=7"),
         ({"num_classes": 0}, "num_classes"),
         ({"mlp_dim": 1.5}, "mlp_dim"),
-        ({"dtype": "float16"}, "dtype"),
+        ({"dtype": "float64"}, "dtype"),
     ],
 )
 def test_bad_shapes(change, message):

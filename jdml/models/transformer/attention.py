@@ -6,14 +6,15 @@ number of queries' heads: the copies are small beside the scores, and the head d
 over its mesh axis even where there are fewer key heads than devices. Decoding groups the queries
 instead, for there the keys and values are the large arrays.
 
-With ``config.attention`` other than ``"full"`` scores are computed block by block, and over a
-sequence that a mesh axis divides: ``jdml.models.attention``.
+With ``config.attention`` ``"xla"`` or ``"cudnn"`` JAX's own attention does it. With ``"ring"``,
+``"ulysses"`` and ``"gather"`` scores are computed block by block, and over a sequence that a mesh
+axis divides: ``jdml.models.attention``.
 
 References: Su et al., "RoFormer", 2021; Ainslie et al., "GQA", 2023.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jdml.models.attention import divided_attention
 from jdml.models.transformer.config import TransformerConfig
 from jdml.models.transformer.layers import Dense
 from jdml.sharding import Without, constrain
+from jdml.sharding.region import platform
 
 # Inside a layer positions are divided over those axes alone that do not divide its heads: between
 # the layers (``sequence_parallel``) the heads' axis may have them too.
@@ -82,7 +84,8 @@ class Attention(nnx.Module):
 
         def into(num: int, names: tuple[str, ...]) -> Dense:
             outputs, key = (num, head), rngs.params()
-            return Dense((embed,), outputs, names, key, bias=config.bias, flatten=flatten)
+            bias, matmul = config.bias, config.matmul
+            return Dense((embed,), outputs, names, key, bias=bias, flatten=flatten, matmul=matmul)
 
         self.query = into(heads, names)
         self.key = into(kv_heads, kv_names)
@@ -95,6 +98,7 @@ class Attention(nnx.Module):
             bias=config.bias,
             scale=1 / math.sqrt(2 * config.num_layers),
             flatten=flatten,
+            matmul=config.matmul,
         )
 
     def __call__(
@@ -126,6 +130,8 @@ class Attention(nnx.Module):
         elif self.form == "full":
             key, value = _repeat(key, self.group), _repeat(value, self.group)
             mixed = attend(query, key, value, causal=self.causal)
+        elif self.form == "xla" or self.form == "cudnn":
+            mixed = attend_by_jax(query, key, value, self.form, causal=self.causal)
         else:
             mixed = divided_attention(
                 query, key, value, self.form, causal=self.causal, order=self.order, block=self.block
@@ -145,6 +151,32 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool =
     allowed = jnp.tril(jnp.ones((seq, seq), bool)) if causal else None
     weights = _weights("bhtd,bhsd->bhts", query, key, allowed)
     return jnp.einsum("bhts,bhsd->bhtd", weights, value)
+
+
+def attend_by_jax(
+    query: jax.Array, key: jax.Array, value: jax.Array, form: str, *, causal: bool = True
+) -> jax.Array:
+    """``attend`` by an implementation of ``jax.nn.dot_product_attention``.
+
+    Args:
+      query: [batch, heads, seq, head_dim].
+      key, value: [batch, kv_heads, seq, head_dim].
+      form: ``"xla"``, or ``"cudnn"``, which never holds [seq, seq] scores.
+      causal: a position sees none after it.
+
+    Raises:
+      ValueError: ``"cudnn"`` where the devices are no GPUs; what cuDNN itself cannot do.
+    """
+    if form == "cudnn" and platform() not in ("gpu", "cuda"):
+        raise ValueError(
+            f"attention='cudnn' is for NVIDIA GPUs, and the devices are of platform "
+            f"{platform()!r}. Take attention='full' or 'xla', or 'ring', which never holds all "
+            "scores."
+        )
+    arrays = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    implementation: Any = form
+    mixed = jax.nn.dot_product_attention(*arrays, is_causal=causal, implementation=implementation)
+    return mixed.transpose(0, 2, 1, 3)
 
 
 def _attend_grouped(query: jax.Array, cache: LayerCache, start: jax.Array | int) -> jax.Array:

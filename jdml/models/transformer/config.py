@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 from jdml.models.experts.routing import Order
 
-Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Remat = Literal["none", "dots", "full", "offload_dots", "offload_full"]
+Matmul = Literal["dtype", "fp8", "fp8_emulated"]
 Norm = Literal["rms", "layer"]
 Positions = Literal["rotary", "learned"]
 Mlp = Literal["swiglu", "gelu"]
-Attention = Literal["full", "ring", "ulysses", "gather"]
+Attention = Literal["full", "xla", "cudnn", "ring", "ulysses", "gather"]
+DIVIDED = ("ring", "ulysses", "gather")
 SeqOrder = Literal["contiguous", "zigzag"]
 
 _COUNTS = (
@@ -58,19 +60,26 @@ class TransformerConfig:
       balance_weight, importance_weight, z_weight: of the routers' losses in ``training_loss``.
       bias: projections and LayerNorm have biases; the head and RMSNorm never do.
       causal: a position sees itself and those before it; without, all (an encoder).
-      attention: ``"full"``, all scores at once; or, in blocks and over a sequence that a mesh axis
-        divides, ``"ring"``, ``"ulysses"`` or ``"gather"`` (``jdml.models.attention``).
+      attention: ``"full"``, all scores at once; ``"xla"`` or ``"cudnn"``, by
+        ``jax.nn.dot_product_attention``, the latter on NVIDIA GPUs alone (cuDNN's flash attention);
+        or, in blocks and over a sequence that a mesh axis divides, ``"ring"``, ``"ulysses"`` or
+        ``"gather"`` (``jdml.models.attention``).
       seq_order: ``"zigzag"`` where tokens and targets are in that order (``zigzag``), for equal
         work on the devices of a ring.
-      attention_block: positions of a block of scores, at most, with attention other than full.
+      attention_block: positions of a block of scores, at most, with attention in blocks.
       rope_base: the slowest pair of a head turns once in about ``2π · rope_base`` positions.
       norm_epsilon: added to the mean square in RMSNorm, to the variance in LayerNorm.
       tie_embeddings: the head multiplies by the transposed embedding, and has no kernel.
       dropout: rate after the embedding and on each residual branch, where a key is given.
       dtype: of activations and matrix products; parameters, norms, softmax and loss are float32.
+        ``"float16"`` needs ``jdml.train.dynamic_loss_scale``, ``"bfloat16"`` does not.
+      matmul: ``"fp8"``, attention's and the MLP's products with parameters in 8-bit floats
+        (``fp8.py``), where the devices have them; ``"fp8_emulated"``, rounded likewise on any
+        device. Scores, routed experts and the head keep to ``dtype``.
       remat: what the backward pass computes again: ``"none"``; ``"dots"``, all but the products
         with parameters; ``"full"``, every block from its input. On CPU ``"dots"`` is the fastest
-        too, for it moves a third of the memory.
+        too, for it moves a third of the memory. ``"offload_dots"`` and ``"offload_full"`` keep
+        the same in the host's memory (``remat.py``).
       unroll: write the layers out instead of scanning them; compilation grows with depth. The
         parameters are stacked in either case, so one checkpoint serves both.
       flatten_tokens: project ``[batch * seq, in]`` rather than ``[batch, seq, in]``. On CPU this
@@ -107,6 +116,7 @@ class TransformerConfig:
     tie_embeddings: bool = False
     dropout: float = 0.0
     dtype: Dtype = "float32"
+    matmul: Matmul = "dtype"
     remat: Remat = "dots"
     unroll: bool = False
     flatten_tokens: bool = True
@@ -132,23 +142,29 @@ class TransformerConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
-            ("remat", ("none", "dots", "full")),
+            ("dtype", get_args(Dtype)),
+            ("matmul", get_args(Matmul)),
+            ("remat", get_args(Remat)),
             ("norm", ("rms", "layer")),
             ("positions", ("rotary", "learned")),
             ("mlp", ("swiglu", "gelu")),
-            ("attention", ("full", "ring", "ulysses", "gather")),
+            ("attention", get_args(Attention)),
             ("seq_order", ("contiguous", "zigzag")),
             ("router", get_args(Order)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.attention == "full" and self.seq_order == "zigzag":
+        if self.attention not in DIVIDED and self.seq_order == "zigzag":
             raise ValueError(
-                "seq_order='zigzag' needs attention='ring', 'gather' or 'ulysses': full attention "
-                "takes positions in the order of the text"
+                "seq_order='zigzag' needs attention='ring', 'gather' or 'ulysses': "
+                f"{self.attention} attention takes positions in the order of the text"
             )
-        if self.attention != "full" and self.flatten_tokens:
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError(
+                "attention='cudnn' takes no float32: set dtype='bfloat16' or 'float16', or "
+                "attention='xla'"
+            )
+        if self.attention in DIVIDED and self.flatten_tokens:
             raise ValueError(
                 f"attention={self.attention!r} is for a divided sequence, which flatten_tokens "
                 "would gather; set flatten_tokens=False"
@@ -192,6 +208,16 @@ class TransformerConfig:
     def compute_dtype(self) -> Any:
         """``dtype`` as JAX names it."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def recomputes(self) -> str:
+        """What ``remat`` computes again, wherever the rest is kept: ``"none"``, ``"dots"``, …."""
+        return self.remat.removeprefix("offload_")
+
+    @property
+    def offloads(self) -> bool:
+        """Whether ``remat`` keeps what it keeps in the host's memory."""
+        return self.remat.startswith("offload_")
 
     @property
     def num_params(self) -> int:

@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jdml.models.attention import KEPT, attention_axis_size, positions, zigzag
+from jdml.models.attention import attention_axis_size, positions, zigzag
 from jdml.models.experts import Balance
 from jdml.models.transformer.attention import Attention, LayerCache, Rotary, rotary
 from jdml.models.transformer.config import TransformerConfig
 from jdml.models.transformer.experts import Experts
 from jdml.models.transformer.layers import Dense, Embed, LearnedPositions, dropout, make_norm
 from jdml.models.transformer.mlp import make_mlp
+from jdml.models.transformer.remat import BLOCK_INPUT, remat
 from jdml.sharding import Without, constrain
 
 
@@ -72,6 +74,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, Balance | None]:
         """What a call returns, and how evenly a mixture of experts is used (None without one)."""
         keys = (None, None) if key is None else jax.random.split(key)
+        x = checkpoint_name(x, BLOCK_INPUT)
         mixed, cache = self.attention(self.attention_norm(x), table, cache, start)
         x = constrain(x + dropout(mixed, self.rate, keys[0]), "batch", "seq", "embed")
         balance = None
@@ -267,20 +270,3 @@ class Transformer(nnx.Module):
             )
         if not 0 < tokens.shape[1] <= limit:
             raise ValueError(f"tokens: {tokens.shape[1]} positions; expected 1 to {limit} ({name})")
-
-
-def remat(body: Any, config: TransformerConfig) -> Any:
-    """``body`` with what ``config.remat`` says computed again in its backward pass."""
-    if config.remat == "none":
-        return body
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    if policy is not None and config.attention != "full":
-        # Nothing goes over the wire a third time.
-        policy = policies.save_from_both_policies(policy, policies.save_only_these_names(KEPT))
-    if policy is not None and config.num_experts is not None:
-        # Experts' products are batched, and an exchange costs more than a product.
-        names = policies.save_only_these_names("experts.product", "experts.exchanged")
-        policy = policies.save_from_both_policies(policy, names)
-    # A loop's body cannot be merged with its recomputation; written-out layers can.
-    return jax.checkpoint(body, policy=policy, prevent_cse=config.unroll)

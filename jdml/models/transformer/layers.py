@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jdml.models.transformer.config import TransformerConfig
+from jdml.models.transformer.config import Matmul, TransformerConfig
+from jdml.models.transformer.fp8 import check_backend, fp8_matmul
 from jdml.sharding import constrain
 
 
@@ -38,6 +39,7 @@ class Dense(nnx.Module):
       bias: add a bias, which starts at 0.
       scale: the kernel's deviation is ``scale / sqrt(fan in)``.
       flatten: see ``TransformerConfig.flatten_tokens``.
+      matmul: see ``TransformerConfig.matmul``.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Dense(nnx.Module):
         bias: bool = False,
         scale: float = 1.0,
         flatten: bool = True,
+        matmul: Matmul = "dtype",
     ):
+        self.matmul = matmul
         self.num_inputs = len(inputs)
         self.flatten = flatten
         std = scale / math.sqrt(math.prod(inputs))
@@ -61,12 +65,18 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` [..., *inputs] → [..., *outputs], in the dtype of ``x``."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
         outputs = kernel.shape[self.num_inputs :]
         lead = x.shape[: x.ndim - self.num_inputs]
         kernel = kernel.reshape(-1, math.prod(outputs))
         x = x.reshape(*((-1,) if self.flatten else lead), kernel.shape[0])
-        y = (x @ kernel).reshape(*lead, *outputs)
+        if self.matmul == "dtype":
+            y = x @ kernel.astype(x.dtype)
+        else:
+            if self.matmul == "fp8":
+                check_backend()
+            y = fp8_matmul(x, kernel)
+        y = y.reshape(*lead, *outputs)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

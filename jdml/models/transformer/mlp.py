@@ -67,6 +67,7 @@ def _into(config: TransformerConfig, rngs: nnx.Rngs) -> Dense:
         rngs.params(),
         bias=config.bias,
         flatten=config.flatten_tokens,
+        matmul=config.matmul,
     )
 
 
@@ -79,6 +80,7 @@ def _out_of(config: TransformerConfig, rngs: nnx.Rngs) -> Dense:
         bias=config.bias,
         scale=1 / math.sqrt(2 * config.num_layers),
         flatten=config.flatten_tokens,
+        matmul=config.matmul,
     )
 
 

@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 
 from jdml.models.loss import loss_of_hidden
-from jdml.models.transformer.decoder import Transformer, remat
+from jdml.models.transformer.decoder import Transformer
+from jdml.models.transformer.remat import remat
 
 PyTree = Any
 
@@ -42,9 +43,15 @@ def pipeline_parts(model: Transformer) -> PipelineParts:
       model: The decoder, or ``nnx.eval_shape`` of it: only its structure is used.
 
     Raises:
-      ValueError: a mixture of experts whose balance is part of the loss.
+      ValueError: a mixture of experts whose balance is part of the loss; an offload, for a
+        schedule itself says what is kept.
     """
     c = model.config
+    if c.offloads:
+        raise ValueError(
+            f"pipeline_parts: remat={c.remat!r}: a pipeline's schedule says what is kept, on the "
+            f"device. Use remat={c.recomputes!r}, or pipeline(..., remat=True)."
+        )
     if c.num_experts is not None and (c.balance_weight or c.importance_weight or c.z_weight):
         raise ValueError(
             f"pipeline_parts: num_experts={c.num_experts} with losses of their own, which no stage "
