@@ -116,13 +116,13 @@ def draw_weights(shape: Shape) -> dict[str, np.ndarray]:
 
 
 def jdml_step(
-    shape: Shape, weights: dict[str, np.ndarray], tokens: np.ndarray, dtype: str, *, unroll: bool
+    shape: Shape, weights: dict[str, np.ndarray], tokens: np.ndarray, dtype: str, **options: Any
 ) -> Callable[[], float]:
-    """A step as a function of nothing; returns the loss."""
+    """A step as a function of nothing; returns the loss. ``options`` of ``TransformerConfig``."""
     config = TransformerConfig(
         **dataclasses.asdict(shape),
         dtype=dtype,  # type: ignore[arg-type]
-        unroll=unroll,
+        **options,
     )
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
     with nnx.use_eager_sharding(False):
@@ -153,22 +153,30 @@ def jdml_step(
 
 
 def torch_step(
-    shape: Shape, weights: dict[str, np.ndarray], tokens: np.ndarray, dtype: str
+    shape: Shape,
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    dtype: str,
+    device: str = "cpu",
+    *,
+    compiled: bool = False,
 ) -> Callable[[], float]:
-    """The same in PyTorch: autocast for bfloat16, the fused AdamW."""
+    """The same in PyTorch: autocast for bfloat16, the fused AdamW; ``torch.compile`` if asked."""
     import torch
 
     from benchmarks.time_to_loss.twin import Twin, to_torch
 
     model = Twin(shape)
     model.load_state_dict(to_torch(weights, shape))
+    model.to(device)
+    run_model: Any = torch.compile(model) if compiled else model
     adamw = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01, fused=True)
-    batch = torch.from_numpy(tokens)
+    batch = torch.from_numpy(tokens).to(device)
 
     def run() -> float:
         adamw.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(batch)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = run_model(batch)
         loss.backward()
         adamw.step()
         return float(loss.detach())

@@ -85,9 +85,10 @@ class Twin(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        pairs = torch.arange(self.shape.head_dim // 2, dtype=torch.float32)
+        on = {"dtype": torch.float32, "device": inputs.device}
+        pairs = torch.arange(self.shape.head_dim // 2, **on)
         frequency = ROPE_BASE ** (-2.0 * pairs / self.shape.head_dim)
-        angle = torch.arange(inputs.shape[1], dtype=torch.float32)[:, None] * frequency
+        angle = torch.arange(inputs.shape[1], **on)[:, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         x = self.embed(inputs)
         for block in self.layers:
