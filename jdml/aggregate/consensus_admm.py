@@ -150,19 +150,13 @@ def consensus_admm(
             )
             mean, residual = exchange_mean(distance, state.residual, axis, codec, topology, wire)
             num_workers = jax.lax.axis_size(axis)
-
-            def agreed(z: PyTree) -> PyTree:
-                z = jax.tree.map(lambda z, d: (z + d).astype(z.dtype), z, mean)
-                return shrink(z, 1 / (num_workers * state.rho))
-
-            # How far z moves is measured before it does: read after that, the old z would have to
-            # be kept beside the new one, and be copied in every step without an exchange, too.
-            moved = jax.tree.map(lambda a, b: a.astype(_wide(a)) - b, agreed(state.z), state.z)
-            before, moved = jax.lax.optimization_barrier((state.z, _squares(moved)))
-            z = agreed(before)
+            z = shrink(
+                jax.tree.map(lambda z, d: (z + d).astype(z.dtype), state.z, mean),
+                1 / (num_workers * state.rho),
+            )
             dual = jax.tree.map(lambda u, v, z: u + v - z, state.dual, relaxed, z)
             metrics = _residuals(
-                x, z, moved, dual, state.rho, axis, absolute_tolerance, relative_tolerance
+                x, z, state.z, dual, state.rho, axis, absolute_tolerance, relative_tolerance
             )
             new_rho = state.rho
             if adaptive:
@@ -204,28 +198,32 @@ METRICS = (
 def _residuals(
     x: PyTree,
     z: PyTree,
-    moved: jax.Array,
+    z_old: PyTree,
     dual: PyTree,
     rho: jax.Array,
     axis: Axis,
     absolute: float,
     relative: float,
 ) -> dict[str, jax.Array]:
-    """Norms over all workers at once, and what section 3.3.1 of the reference tolerates.
-
-    ``moved`` is the square of how far z moved.
-    """
+    """Norms over all workers at once, and what section 3.3.1 of the reference tolerates."""
     num_workers = jax.lax.axis_size(axis)
+
+    def squares(tree: PyTree) -> jax.Array:
+        return sum(
+            (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
+            start=jnp.zeros((), jnp.float32),
+        )
 
     apart = jax.tree.map(lambda x, z: x.astype(_wide(x)) - z, x, z)
     # One all-reduce of three numbers.
-    totals = jax.lax.psum(jnp.stack([_squares(apart), _squares(x), _squares(dual)]), axis)
+    totals = jax.lax.psum(jnp.stack([squares(apart), squares(x), squares(dual)]), axis)
     primal, norm_x, norm_u = jnp.sqrt(totals)
+    moved = jax.tree.map(lambda a, b: a.astype(_wide(a)) - b, z, z_old)
     root_k = math.sqrt(num_workers)
-    dual_residual = rho * root_k * jnp.sqrt(moved)
+    dual_residual = rho * root_k * jnp.sqrt(squares(moved))
     size = sum(leaf.size for leaf in jax.tree.leaves(z))
     floor = math.sqrt(num_workers * size) * absolute
-    primal_tolerance = floor + relative * jnp.maximum(norm_x, root_k * jnp.sqrt(_squares(z)))
+    primal_tolerance = floor + relative * jnp.maximum(norm_x, root_k * jnp.sqrt(squares(z)))
     dual_tolerance = floor + relative * rho * norm_u
     converged = (primal <= primal_tolerance) & (dual_residual <= dual_tolerance)
     return {
@@ -235,14 +233,6 @@ def _residuals(
         "admm_dual_tolerance": dual_tolerance,
         "admm_converged": converged.astype(jnp.float32),
     }
-
-
-def _squares(tree: PyTree) -> jax.Array:
-    """``sum x_i^2``, f32."""
-    return sum(
-        (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)),
-        start=jnp.zeros((), jnp.float32),
-    )
 
 
 def _wide(x: jax.Array) -> Any:
