@@ -25,8 +25,9 @@ def test_rounds_and_times(monkeypatch):
     assert len(rounds) == 2 * 2
     assert cocoa.table_of_rounds(options, rounds).row_count == 2
     assert all(r.converged and (r.bytes > 0) == (r.workers > 1) for r in rounds)
-    assert [t.method for t in times] == ["consensus", "giant", "dane"]
-    for t in times:
+    assert [t.method for t in times][:3] == ["consensus", "giant", "dane"]
+    assert cocoa.table_of_times(times).row_count == len(times)
+    for t in times[:3]:
         assert -1e-12 <= t.relative_error <= 1e-6
         assert t.seconds > 0
     assert json.dumps([r._asdict() for r in (*rounds, *times)])
