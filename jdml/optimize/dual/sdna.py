@@ -21,6 +21,8 @@ from jdml.optimize.dual.gap import (
 
 ROUNDS = 20
 """Newton steps within a block at most; squared losses take one."""
+RIDGES = (1e-5, 1e-3, 0.1, 1.0)
+"""Of the kernel's diagonal, added to it for losses without curvature of their own."""
 SIZES = tuple(0.5**power for power in range(12))
 """Step sizes of which each round takes the best."""
 
@@ -117,6 +119,10 @@ def maximise_block(
     """
     low, high = bounds(loss, block.y)
     margins = block.rows.matvec(soft(u, block.kappa))
+    # Hinges curve by the kernel alone. Of more samples than columns it is singular, and Newton's
+    # step goes to a far corner of the box, along what it does not see.
+    least = float(jnp.finfo(alpha.dtype).eps) ** 0.5
+    ridges = (least,) if loss.differentiable else (least, *RIDGES)
     # s² / λn = s · scale
     kernel = weight[:, None] * block.rows.products() * block.scale
 
@@ -137,14 +143,17 @@ def maximise_block(
         slope = gradient(new)
         at_large = free(new, slope, low, high)
         curved = weight * loss.dual_curvature(new, block.y)
-        # Hinges curve by the kernel alone, which may be singular.
-        curved = curved + jnp.sqrt(jnp.finfo(alpha.dtype).eps) * (1e-8 + jnp.diag(kernel))
+        own = 1e-8 + jnp.diag(kernel)
         both = at_large[:, None] & at_large
-        hessian = jnp.where(both, kernel, 0) + jnp.diag(jnp.where(at_large, curved, 1))
-        change = jnp.linalg.solve(hessian, jnp.where(at_large, -slope, 0))
-        sizes = jnp.asarray(SIZES, alpha.dtype)
-        tries = jax.vmap(lambda t: moved(loss, new, t * change, low, high))(sizes)
-        tries = jnp.concatenate([new[None], tries])
+        inner = jnp.where(both, kernel, 0)
+
+        def along(ridge):
+            hessian = inner + jnp.diag(jnp.where(at_large, curved + ridge * own, 1))
+            change = jnp.linalg.solve(hessian, jnp.where(at_large, -slope, 0))
+            sizes = jnp.asarray(SIZES, alpha.dtype)
+            return jax.vmap(lambda t: moved(loss, new, t * change, low, high))(sizes)
+
+        tries = jnp.concatenate([new[None], *map(along, ridges)])
         best = tries[jnp.argmin(jax.vmap(objective)(tries))]
         left = off_by(best, gradient(best), low, high)
         # Nothing better was found: rounding, and the end.

@@ -47,6 +47,14 @@ def test_dual_newton_takes_few_steps_and_never_falls(loss):
     assert (np.diff(dual) >= -1e-13).all()
 
 
+@pytest.mark.parametrize("lam", [1e-3, 0.1])
+def test_a_block_of_more_samples_than_columns_is_maximised(lam):
+    # The hinge has no curvature of its own, and the block's kernel is singular.
+    problem = problem_of(hinge(), l2(lam))
+    found = solve(problem, sdna(block=N), 1e-9, 5, check_every=1, progress=False)
+    assert found.converged
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=by_name)
 def test_sdna_reaches_the_same_objective(loss):
     problem = problem_of(loss)
