@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-BENCHMARKS ?= step sharding codecs links wire_audit aggregate pace libsvm linear sdca cocoa context pipeline
+BENCHMARKS ?= step sharding codecs links wire_audit aggregate pace libsvm linear sdca cocoa context pipeline tensor
 NAME ?=
 
 # One environment per Python version, so that two of them live side by side.
