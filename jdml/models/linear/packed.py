@@ -91,15 +91,22 @@ class Packed:
         return jnp.where(within, columns, 0), jnp.where(within, values, 0)
 
     def dot(self, number: jax.Array, w: jax.Array, through: Link = same) -> jax.Array:
-        """``x_iᵀ through(w)`` of one row, which is read in fours."""
+        """``x_iᵀ through(w)`` of one row."""
+        return self.dot_of(number, through, w)
+
+    def dot_of(self, number: jax.Array, f: Callable[..., jax.Array], *vectors: Any) -> jax.Array:
+        """``x_iᵀ f(*vectors)``, f of one element of each; it is read in fours."""
 
         def add(columns: jax.Array, values: jax.Array, total: jax.Array) -> jax.Array:
-            terms = [values[e] * through(element(w, columns[e])) for e in range(values.shape[0])]
+            terms = [
+                values[e] * f(*(element(v, columns[e]) for v in vectors))
+                for e in range(values.shape[0])
+            ]
             while len(terms) > 1:
                 terms = [*map(jnp.add, terms[::2], terms[1::2]), *terms[len(terms) & ~1 :]]
             return total + terms[0]
 
-        return self._along(number, 4, add, jnp.zeros((), w.dtype))
+        return self._along(number, 4, add, jnp.zeros((), vectors[0].dtype))
 
     def add(self, w: jax.Array, number: jax.Array, scale: jax.Array) -> jax.Array:
         """``w + scale x_i`` of one row; element by element in place, in a loop that keeps w."""
