@@ -143,9 +143,7 @@ def methods_of(name: str, case: Case) -> list[Method]:
     """The method that suits it first."""
     newton = newton_cholesky() if case.by_matrix else newton_cg()
     if not case.penalty.smooth:
-        # A draw of a column costs its non-zeros and some microseconds: much for 50,000 of them.
-        by_columns = [coordinate_descent()] if case.num_params <= 1000 else []
-        return [*by_columns, proximal()]
+        return [coordinate_descent(), proximal()]
     if not case.loss.differentiable:
         return [sdca()]
     others = {"squared hinge": sdca()}

@@ -203,8 +203,10 @@ def _epoch(loss, columns, y, scale, bounds, penalty, params, products, drawn):
             return jnp.sum(slope_of(products, y, scale))
 
         is_weight, bound = j < d, _element(bounds, j)
-        slopes = jax.lax.cond if b else lambda _, of_weight, __, products: of_weight(products)
-        slope = slopes(is_weight, of_weight, of_shift, products)
+        if b:
+            slope = jax.lax.cond(is_weight, of_weight, of_shift, products)
+        else:
+            slope = of_weight(products)
         before = _element(w, within)
         change = penalty.prox(before - slope / bound, 1 / bound) - before
 
@@ -230,10 +232,9 @@ def coordinate_descent(seed: int = 0) -> CoordinateDescent:
 
     A step is an epoch, as many draws as coordinates (the intercept is one). A draw reads the
     non-zeros of a column, and margins are carried along; with sparse rows an epoch is one kernel on
-    a CPU. With a squared loss and dense rows, more
-    of them than columns and at most ``MOST_COLUMNS`` of these, ``XᵀX`` is summed once (``n d²``
-    operations) and a draw reads d numbers of it: of 200,000 × 200 rows in f64 an epoch reads 0.6 MB
-    instead of 4.5 GB. On an objective that is μ-strongly convex in the norm ``Σ L_j w_j²``,
+    a CPU. With a squared loss and dense rows, more of them than columns and at most
+    ``MOST_COLUMNS`` of these, ``XᵀX`` is summed once (``n d²`` operations) and a draw reads d
+    numbers of it: of 200,000 × 200 rows in f64 an epoch reads 0.6 MB instead of 4.5 GB. On an objective that is μ-strongly convex in the norm ``Σ L_j w_j²``,
     ``E P - P*`` shrinks by ``1 - μ/d`` a draw.
 
     Args:
