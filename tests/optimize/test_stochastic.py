@@ -118,6 +118,16 @@ def test_coordinate_descent_takes_the_same_steps_by_columns_and_on_a_gram_matrix
     assert float(found[0].params.b) == pytest.approx(float(found[1].params.b), rel=1e-12)
 
 
+def test_coordinate_descent_on_many_sparse_rows():
+    """XLA makes other fusions of thousands of rows, which a single kernel may not contain."""
+    x = scipy.sparse.random_array((20_000, 10), density=0.2, rng=np.random.default_rng(0))
+    y = 1 + x @ np.ones(10)
+    problem = LinearProblem(x, y, squared(), l2(0.0), intercept=True)
+    found = solve(problem, coordinate_descent(), tol=1e-5, max_steps=200)
+    np.testing.assert_allclose(found.params.w, np.ones(10), atol=1e-4)
+    assert float(found.params.b) == pytest.approx(1, abs=1e-4)
+
+
 def least_hinge():
     """The SVM's minimum, from its dual: a quadratic in ``b = yα`` over a box."""
     signed = X * SIGNS[:, None]
