@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 
+from jdml.models.experts.routing import Balance
 from jdml.models.loss import loss_of_hidden
+from jdml.models.transformer.config import TransformerConfig
 from jdml.models.transformer.decoder import Transformer
 
 
@@ -39,12 +41,18 @@ def training_loss(
     loss = loss_of_hidden(model, hidden, targets, mask, chunk_size=chunk_size)
     if balance is None:
         return loss, {}
-    metrics = {f"experts.{name}": value for name, value in balance._asdict().items()}
-    c = model.config
+    return with_balance(model.config, loss, balance)
+
+
+def with_balance(
+    config: TransformerConfig, loss: jax.Array, balance: Balance
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The next token's loss with the routers', and the metrics of ``training_loss``."""
     total = (
         loss
-        + c.balance_weight * balance.load_balance
-        + c.importance_weight * balance.importance
-        + c.z_weight * balance.router_z
+        + config.balance_weight * balance.load_balance
+        + config.importance_weight * balance.importance
+        + config.z_weight * balance.router_z
     )
+    metrics = {f"experts.{name}": value for name, value in balance._asdict().items()}
     return total, {"next_token_loss": loss, **metrics}

@@ -4,7 +4,13 @@ import jax
 import pytest
 from flax import nnx
 
-from jdml.models import Transformer, TransformerConfig, next_token_loss, pipeline_parts
+from jdml.models import (
+    Transformer,
+    TransformerConfig,
+    next_token_loss,
+    pipeline_parts,
+    training_loss,
+)
 from jdml.partition.pipeline import one_f_one_b, pipeline, zero_bubble
 from jdml.sharding import no_mesh
 from tests.partition.pipeline.model import close, mesh_of
@@ -52,5 +58,45 @@ def test_gradients_are_the_decoders(schedule, changes):
         (got, _), gradients = jax.jit(jax.value_and_grad(pipe, has_aux=True))(
             pipe.arrange(params), batch
         )
+    close(got, want)
+    close(pipe.restore(gradients), reference)
+
+
+def test_balance_losses_travel_with_the_activations():
+    """Loss, metrics and gradients of ``training_loss``, the mean of that of each micro-batch."""
+    config = TransformerConfig(
+        vocab_size=16, num_layers=2, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8,
+        mlp_dim=8, num_experts=4, balance_weight=0.1, importance_weight=0.2, z_weight=0.3,
+    )  # fmt: skip
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    leaves, treedef = jax.tree.flatten(nnx.to_pure_dict(state))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    params = jax.tree.unflatten(
+        treedef, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+    tokens = jax.random.randint(jax.random.key(1), (4, 5), 0, 16)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    pipe = pipeline(
+        *pipeline_parts(nnx.merge(graphdef, state)),
+        mesh_of(stage=2),
+        num_layers=2,
+        micro_batches=2,
+    )
+
+    def loss(params):
+        parts = [
+            training_loss(
+                nnx.merge(graphdef, params), batch["inputs"][i::2], batch["targets"][i::2]
+            )
+            for i in range(2)
+        ]
+        return jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+
+    with no_mesh():
+        want, reference = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        got, gradients = jax.jit(jax.value_and_grad(pipe, has_aux=True))(
+            pipe.arrange(params), batch
+        )
+    assert got[1].keys() == want[1].keys() >= {"experts.load_balance", "experts.router_z"}
     close(got, want)
     close(pipe.restore(gradients), reference)
