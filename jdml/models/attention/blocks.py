@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _LOWEST = jnp.finfo(jnp.float32).min
 _SEQ = 3  # of queries [batch, kv_heads, group, seq, head_dim]; keys have theirs one earlier
@@ -108,7 +107,7 @@ def all_pairs(num_queries: int, num_keys: int, block: int) -> Pairs:
     return Pairs(num_queries // block * across, pair)
 
 
-def causal_pairs(length: int, block: int, places: np.ndarray | None = None) -> Pairs:
+def causal_pairs(length: int, block: int) -> Pairs:
     """Each block of the text with itself and the earlier ones.
 
     Row r of the triangle has r + 1 blocks and row n − 1 − r has n − r: n + 1 together, so that
@@ -116,24 +115,16 @@ def causal_pairs(length: int, block: int, places: np.ndarray | None = None) -> P
 
     Args:
       length: positions.
-      block: divides ``length``, and a chunk where there are ``places``.
-      places: place of each of ``len(places)`` equal chunks of the text (``order.chunk_places``);
-        None where they are in the order of the text.
+      block: divides ``length``.
     """
     blocks = length // block
-    per_chunk = 1 if places is None else blocks // len(places)
-
-    def place(number: Any) -> Any:
-        if places is None:
-            return number * block
-        return (jnp.asarray(places)[number // per_chunk] * per_chunk + number % per_chunk) * block
 
     def pair(number: Any) -> Pair:
         row, column = number // (blocks + 1), number % (blocks + 1)
         is_first = column <= row
         query = jnp.where(is_first, row, blocks - 1 - row)
         key = jnp.where(is_first, column, column - row - 1)
-        return Pair(place(query), place(key), (query - key) * block)
+        return Pair(query * block, key * block, (query - key) * block)
 
     return Pairs(blocks * (blocks + 1) // 2, pair)
 
@@ -202,8 +193,12 @@ def no_gradients(query: jax.Array, key: jax.Array) -> Gradients:
 
 def save(query: jax.Array, output: jax.Array, log_sum: jax.Array, gradient: jax.Array) -> Saved:
     """What ``gradients_of_pairs`` needs, of the forward pass's results and their gradient."""
-    slope = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
-    return Saved(query, gradient, log_sum, slope)
+    return Saved(query, gradient, log_sum, slope(output, gradient))
+
+
+def slope(output: jax.Array, gradient: jax.Array) -> jax.Array:
+    """``sum(output · gradient)`` over the last dim, float32."""
+    return jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
 
 
 def gradients_of_pairs(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jdml.models.attention.form import Form, Kept, repeat_heads, sum_heads
+from jdml.models.attention.form import Form, Kept
 from jdml.models.attention.gathered import Gathered
 from jdml.models.attention.order import ORDERS, Order, check_divides
 from jdml.models.attention.region import Region, region
@@ -63,19 +63,17 @@ def attention_on_shards(
     chosen = _form(form, axis, size, causal, order, block)
     check_divides(query.shape[2] * size, size, order)
     chosen.check(query.shape[1], query.shape[2])
-    repeats = chosen.repeats(key.shape[1])
 
     @jax.custom_vjp
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return forward(query, key, value)[0]
 
     def forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Kept]:
-        kept = chosen.forward(query, repeat_heads(key, repeats), repeat_heads(value, repeats))
-        return chosen.to_positions(kept.output), _named(kept)
+        kept = _named(chosen.forward(query, key, value))
+        return kept.output, kept
 
     def backward(kept: Kept, gradient: jax.Array) -> Any:
-        of_query, *of_pair = chosen.backward(*_apart(kept, gradient))
-        return of_query, *(sum_heads(x, repeats) for x in of_pair)
+        return chosen.backward(*_apart(kept, gradient))
 
     attend.defvjp(forward, backward)
     return attend(query, key, value)
@@ -103,9 +101,11 @@ def divided_attention(
     in float32: G), each device sends, in a forward and a backward pass:
 
     - ``"ring"``: (K − 1) (B + B + G), the permutes beside the products. O(seq / K) memory.
-    - ``"gather"``: as many bytes, before and after the products; keys and values are O(seq).
-    - ``"ulysses"``: (K − 1) / K (4 Q + 2 B'): all-to-alls of queries, keys, values and outputs and
-      of their gradients, B' being B with key heads repeated to a multiple of K.
+    - ``"gather"``: as many bytes, in pieces of which the next is gathered beside the products.
+      O(seq / K) memory as well, where a device's chunk has 4K blocks or more.
+    - ``"ulysses"``: (K − 1) / K (4 Q + 3 B' + S): all-to-alls of queries, keys, values and outputs
+      and of their gradients, keys and values in pieces and in each pass anew, B' being B with key
+      heads repeated to a multiple of K and S a float32 for each query and head. O(seq / K) memory.
 
     Args:
       query: [batch, heads, seq, head_dim].
@@ -154,7 +154,7 @@ def _attend(
     def run(f: Any, in_specs: Any, out_specs: Any) -> Any:
         return f if here is None else here.run(f, in_specs, out_specs)
 
-    selection = _Selection.of(form, here, key.shape[1], spec, key_spec)
+    selection = _Selection.of(here, key.shape[1], spec, key_spec)
     kept_specs = form.kept_specs(spec) if here is not None else None
 
     @jax.custom_vjp
@@ -166,9 +166,7 @@ def _attend(
             return form.forward(query, selection.take(key), selection.take(value))
 
         kept = _named(run(on_device, (spec, key_spec, key_spec), kept_specs)(query, key, value))
-        if not form.divides_heads or kept_specs is None:
-            return kept.output, kept
-        return run(form.to_positions, (kept_specs.output,), spec)(kept.output), kept
+        return kept.output, kept
 
     def backward(kept: Kept, gradient: jax.Array) -> Any:
         def on_device(kept: Kept, gradient: jax.Array) -> Any:
@@ -193,10 +191,9 @@ class _Selection:
     share: int
     copies: int
     axes: tuple[str, ...]
-    repeats: int
 
     @classmethod
-    def of(cls, form: Form, here: Region | None, kv_heads: int, spec: P, key_spec: P) -> Any:
+    def of(cls, here: Region | None, kv_heads: int, spec: P, key_spec: P) -> Any:
         """For key heads laid out by ``key_spec`` beside query heads laid out by ``spec``."""
         axes: tuple[str, ...] = ()
         parts = 1
@@ -206,17 +203,14 @@ class _Selection:
             else:
                 axes, parts = axes_of(spec[1]), here.num_parts(spec[1])
         share = math.lcm(kv_heads, parts) // parts
-        return cls(kv_heads, share, share * parts // kv_heads, axes, form.repeats(share))
+        return cls(kv_heads, share, share * parts // kv_heads, axes)
 
     def take(self, x: jax.Array) -> jax.Array:
-        """[batch, kv_heads, ...] → [batch, share · repeats, ...]."""
-        if self.axes:
-            x = x.take(self._numbers(), axis=1)
-        return repeat_heads(x, self.repeats)
+        """[batch, kv_heads, ...] → [batch, share, ...]."""
+        return x.take(self._numbers(), axis=1) if self.axes else x
 
     def put(self, x: jax.Array) -> jax.Array:
         """The gradient of ``take``, summed over the axes that had the same heads."""
-        x = sum_heads(x, self.repeats)
         if not self.axes:
             return x
         whole = jnp.zeros((x.shape[0], self.kv_heads, *x.shape[2:]), jnp.float32)

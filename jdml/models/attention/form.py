@@ -2,7 +2,7 @@
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from jdml.models.attention.order import Order
 class Kept(NamedTuple):
     """What the backward pass gets of the forward pass.
 
-    ``query``, ``output``: [batch, heads, seq, head_dim]; ``key``, ``value``: [batch, kv_heads, seq,
-    head_dim]; ``log_sum``: float32 [batch, heads, seq]. Which heads and positions, the form says.
+    ``query``: [batch, heads, seq, head_dim] and ``log_sum``: float32 [batch, heads, seq], of the
+    heads and positions that the form says; ``key``, ``value`` [batch, kv_heads, seq / K, head_dim]
+    and ``output`` [batch, heads, seq / K, head_dim] of the device's positions.
     """
 
     query: jax.Array
@@ -38,9 +39,6 @@ class Form(abc.ABC):
       block: positions of a block of scores, at most.
     """
 
-    divides_heads: ClassVar[bool] = False
-    """What is kept has all positions of some heads, and ``to_positions`` trades it back."""
-
     axis: str | tuple[str, ...]
     axis_size: int
     causal: bool
@@ -53,21 +51,12 @@ class Form(abc.ABC):
 
         Args:
           query: [batch, heads, seq / K, head_dim], the device's positions.
-          key, value: [batch, kv_heads, seq / K, head_dim]; ``kv_heads`` divides ``heads``, and
-            each is repeated ``repeats(kv_heads)`` times already.
+          key, value: [batch, kv_heads, seq / K, head_dim]; ``kv_heads`` divides ``heads``.
         """
 
     @abc.abstractmethod
     def backward(self, kept: Kept, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Gradients of what ``forward`` was given, from that of the output of its positions."""
-
-    def to_positions(self, x: jax.Array) -> jax.Array:
-        """``kept.output`` → [batch, heads, seq / K, head_dim], the device's positions."""
-        return x
-
-    def repeats(self, kv_heads: int) -> int:
-        """How often each key head is to be repeated before ``forward``."""
-        return 1
 
     def kept_specs(self, spec: Any) -> Kept:
         """Specs of what is kept, given that of the query (dims batch, heads, seq, head_dim)."""
@@ -90,16 +79,16 @@ class Form(abc.ABC):
 
 
 def repeat_heads(x: jax.Array, times: int) -> jax.Array:
-    """[batch, kv_heads, ...] → [batch, kv_heads · times, ...], copies side by side."""
-    return x if times == 1 else x.repeat(times, axis=1)
+    """[..., kv_heads, seq, head_dim] → [..., kv_heads · times, seq, head_dim], side by side."""
+    return x if times == 1 else x.repeat(times, axis=-3)
 
 
 def sum_heads(x: jax.Array, times: int) -> jax.Array:
     """The gradient of ``repeat_heads``, summed in float32."""
     if times == 1:
         return x
-    parts = x.reshape(x.shape[0], -1, times, *x.shape[2:])
-    return jnp.sum(parts, axis=2, dtype=jnp.float32).astype(x.dtype)
+    parts = x.reshape(*x.shape[:-3], -1, times, *x.shape[-2:])
+    return jnp.sum(parts, axis=-3, dtype=jnp.float32).astype(x.dtype)
 
 
 def grouped(x: jax.Array, kv_heads: int) -> jax.Array:

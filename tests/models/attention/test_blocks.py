@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdml.models.attention import divided_attention, plain_attention
+from jdml.models.attention import divided_attention, plain_attention, positions
 from jdml.models.attention.blocks import all_pairs, block_size, causal_pairs
-from jdml.models.attention.order import chunk_places
+from jdml.models.attention.gathered import Gathered
+from jdml.models.attention.ulysses import Ulysses
 from tests.models.attention.passes import with_gradients
 
 pytestmark = pytest.mark.usefixtures("one_device", "compiled_lightly")
@@ -66,14 +67,40 @@ def test_scores_are_never_whole():
 def test_invisible_blocks_are_not_in_the_list():
     assert causal_pairs(24, 4).count == 6 * 7 // 2
     assert all_pairs(8, 24, 4).count == 2 * 6
-    places = chunk_places(2, "zigzag")
-    count, pair = causal_pairs(16, 2, places)
-    table = np.stack(jax.vmap(pair)(jnp.arange(count)), axis=1)
-    text = np.asarray([0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11])
-    assert len(table) == 8 * 9 // 2
-    np.testing.assert_array_equal(text[table[:, 0]] - text[table[:, 1]], table[:, 2])
-    assert (table[:, 2] >= 0).all()
-    assert len(np.unique(table, axis=0)) == count
+
+
+@pytest.mark.parametrize(
+    ("form", "order"), [(Gathered, "zigzag"), (Ulysses, "zigzag"), (Ulysses, "contiguous")]
+)
+@pytest.mark.parametrize(("length", "block", "num_pieces"), [(8, 1, 4), (8, 2, 2), (4, 2, 1)])
+def test_pieces_meet_each_visible_pair_once(form, order, length, block, num_pieces):
+    """Two devices; a block is known by its first position of the text."""
+    size = 2
+    attention = form("x", size, True, order, block)
+    cut, text = attention.cut(length), np.asarray(positions(size * length, size, order))
+    assert cut.pieces == num_pieces
+    parts = text.reshape(size, 1, 1, length, 1)
+    seen, counts = [[] for _ in range(size)], set()
+
+    def table(number):
+        count, pair = cut.pairs(number, attention.meeting())
+        counts.add(count)
+        return jnp.stack(jax.vmap(pair)(jnp.arange(count)), axis=1)
+
+    for number in range(cut.pieces):
+        keys = np.concatenate([np.ravel(cut.take(jnp.asarray(x), number)) for x in parts])
+        tables = jax.vmap(lambda _, n=number: table(n), axis_name="x")(jnp.arange(size))
+        for device, found in enumerate(np.asarray(tables)):
+            own = text[device * length :][:length] if form is Gathered else text
+            queries, met, distance = own[found[:, 0]], keys[found[:, 1]], found[:, 2]
+            far = (distance >= block) & (queries - met >= block)
+            assert np.all((distance == queries - met) | far)
+            seen[device] += zip(queries.tolist(), met.tolist(), strict=True)
+    for device in range(size):
+        own = text[device * length :][:length] if form is Gathered else text
+        wanted = [(q, k) for q in own[::block].tolist() for k in range(0, q + 1, block)]
+        assert sorted(seen[device]) == sorted(wanted)
+    assert len(counts) == 1
 
 
 def test_block_sizes():

@@ -1,6 +1,7 @@
 """Over a mesh axis: the numbers of one device, the bytes of the formulas, memory that falls."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -92,21 +93,31 @@ def test_equals_one_device_and_sends_what_it_states(arrays, expected, form, orde
     kv_heads //= mesh.shape["model"]
     positions = batch * seq // size * head_dim * 4  # bytes of a head's positions on a device
     pair, queries = 2 * kv_heads * positions, heads * positions
+    # Up to 2K pieces, of an early block and a late one at least.
+    pieces = min(2 * size, seq // size // (2 * BLOCK)) if size > 1 else 1
+    first = (size - 1) * pair / pieces  # what both passes send first
     if form == "ulysses":
         pair = 2 * math.lcm(kv_heads, size) * positions
-        stated = 4 * (size - 1) * queries / size + 2 * (size - 1) * pair / size
+        first = (size - 1) / size * pair / pieces
+        slopes = heads * positions / head_dim
+        stated = (size - 1) / size * (4 * queries + slopes + 3 * pair)
     else:
         stated = 3 * (size - 1) * pair
     found = collectives(compiled, mesh)
     kinds = {"ring": {"collective-permute"}, "ulysses": {"all-to-all"}}
     assert {c.kind for c in found} <= kinds.get(form, {"all-gather", "reduce-scatter"})
-    # Each of them keys and values in each pass, and their gradients in one.
-    runs = {"ring": 3 * (size - 1), "gather": 3, "ulysses": 6}[form] if size > 1 else 0
+    # Keys and values in each pass, and their gradients in one, but for a ring in pieces; and
+    # all-to-alls of queries, outputs, their gradients and one more number.
+    runs = {"ring": 3 * (size - 1), "gather": 3 * pieces, "ulysses": 5 + 3 * pieces}[form]
+    runs = runs if size > 1 else 0
     counted = sum(c.count for c in found)
-    if counted == runs - 1 and jax.__version_info__ < (0, 12) and form != "ulysses":
-        # This compiler for CPU ignores a barrier: what both passes send first, it sends once.
-        counted += 1
-        stated -= pair if form == "ring" else (size - 1) * pair
+    if counted < runs and jax.__version_info__ < (0, 12):
+        # This compiler for CPU ignores a barrier: what both passes send alike outside of loops, the
+        # first or a few pieces, it sends once.
+        spared = runs - counted
+        assert spared <= (1 if form == "ring" else pieces)
+        counted += spared
+        stated -= spared * (pair if form == "ring" else first)
     assert counted == runs
     assert bytes_per_axis(found) == ({("seq",): stated} if size > 1 else {})
 
@@ -171,24 +182,24 @@ def test_zigzag_does_equal_work_on_all_devices():
 
 
 @pytest.mark.slow
-def test_memory_falls_with_the_axis():
-    """All that both passes need on a device, arguments and results included, of one sequence.
-
-    A ring holds, besides, what is on its way: three times the keys and values and their gradients.
-    """
-    shapes, used = [jax.ShapeDtypeStruct((1, 8, 4096, 8), jnp.float32)] * 4, {}
-    for form in ("ring", "ulysses"):
-        for size in (1, 8):
-            compiled, _ = compile_attention(
-                mesh_of(seq=size), RULES, shapes, form=form, order="zigzag", block=32
-            )
-            memory = compiled.memory_analysis()
-            used[form, size] = (
-                memory.temp_size_in_bytes
-                + memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-            )
-        assert used[form, 8] < used[form, 1] / 3, used
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_falls_with_the_axis(form):
+    """All that both passes need on a device: arguments, results and what stands in between."""
+    shapes = [jax.ShapeDtypeStruct((1, n, 8192, 16), jnp.float32) for n in (8, 2, 2, 8)]
+    whole, between = [], []
+    for size in (1, 2, 4, 8):
+        compiled, _ = compile_attention(
+            mesh_of(seq=size), RULES, shapes, form=form, order="zigzag", block=32
+        )
+        memory = compiled.memory_analysis()
+        between.append(memory.temp_size_in_bytes)
+        arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        whole.append(between[-1] + arguments)
+    # One device reads its arguments where they are; heads that are traded are there twice.
+    falls = [b / a for a, b in itertools.pairwise(whole)]
+    assert max(falls) < 0.8, whole
+    assert whole[-1] < whole[0] / 5, whole
+    assert between[-1] < 0.55 * between[1], between
 
 
 def test_refuses_what_an_axis_does_not_divide(arrays):
