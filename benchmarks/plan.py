@@ -22,9 +22,12 @@ from rich.table import Table
 from benchmarks.machine import console_of_tables, machine
 from jdml.models import TransformerConfig
 from jdml.models.transformer.presets import llama3
+from jdml.partition.pipeline.timetable import BRANCHES
 from jdml.plan import Case, Compiled, Layout, parse_algorithm, parse_topology
 from jdml.plan.largest import largest
 from jdml.plan.report import CLASSES, compiled_by_axis, compiled_traffic, sent_by_axis
+from jdml.plan.ticks import ticks_of
+from jdml.plan.work import predict_work
 
 RECORD = Path(__file__).resolve().parents[1] / "tests/plan/compiled.json"
 
@@ -66,7 +69,18 @@ SMALL = {
     ),
     "data": _case(_SMALL, "v5e:2x4", Layout(8, 1, 1), 16, 512),
 }
-"""Small models, in the divisions that the planner knows."""
+"""Small models, divided over data × fsdp × model."""
+
+_FOUR = dataclasses.replace(_SMALL, num_layers=4, max_seq_len=65_536)
+_EXPERTS = dataclasses.replace(_FOUR, num_experts=8, experts_per_token=2, mlp_dim=1536)
+
+FURTHER = {
+    "stages": _case(_FOUR, "v5e:4x4", Layout(4, stage=4, micro_batches=8), 64, 1024),
+    "stages-fsdp": _case(_FOUR, "v5e:4x4", Layout(fsdp=4, stage=4, micro_batches=8), 64, 1024),
+    "ring": _case(_FOUR, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
+    "experts": _case(_EXPERTS, "v5e:4x4", Layout(fsdp=4, expert=4), 32, 1024),
+}
+"""Small models, with stages, divided sequences and experts."""
 
 SCALE = {
     "llama3-8b-64": _case(_8B, "v5p:4x4x4", Layout(1, 16, 4), 64, 4096),
@@ -79,7 +93,7 @@ SCALE = {
 """Published shapes on pods; several minutes each. The first three keep the load of a chip and
 divide the model alike, on 64, 256 and 1,024."""
 
-CASES = {**SMALL, **SCALE}
+CASES = {**SMALL, **FURTHER, **SCALE}
 
 
 def entry_of(found: Compiled) -> dict[str, Any]:
@@ -87,10 +101,20 @@ def entry_of(found: Compiled) -> dict[str, Any]:
     return {
         "memory": {name: getattr(found.memory, name) for name in CLASSES},
         "flops": found.flops,
-        "collectives": compiled_traffic(found.listed),
-        "sent_by_axis": compiled_by_axis(found.listed),
+        "collectives": compiled_traffic(found),
+        "sent_by_axis": compiled_by_axis(found),
         "compile_seconds": round(found.seconds, 1),
     }
+
+
+def listed_flops(case: Case, layout: Layout) -> float:
+    """FLOPs as a program's text shows them: of a pipeline, B with the final part in every tick."""
+    work = predict_work(case.config, layout, case.batch, case.seq)
+    if layout.stage == 1:
+        return work.total
+    ticks = ticks_of(layout)
+    share = ticks.number / ticks.runs(BRANCHES.index("B"))
+    return share * (work.backward + work.head)
 
 
 def read_record() -> dict[str, Any]:
@@ -100,7 +124,7 @@ def read_record() -> dict[str, Any]:
 def table_of(record: dict[str, Any]) -> Table:
     """Predicted over compiled."""
     table = Table(title="A chip's share of a step: compiled, and predicted / compiled")
-    for name in ("case", "chips", "data × fsdp × model"):
+    for name in ("case", "chips", "mesh"):
         table.add_column(name)
     for name in ("GB", "ratio", "MB sent", "ratio", "GFLOP", "ratio", "MB, largest", "compiled, s"):
         table.add_column(name, justify="right")
@@ -113,15 +137,15 @@ def table_of(record: dict[str, Any]) -> Table:
         table.add_row(
             name,
             str(case.topology),
-            " × ".join(map(str, layout.sizes.values())),
+            layout.mesh,
             f"{held / 1e9:.3f}",
             f"{predicted.memory.total / held:.3f}",
             f"{sent / 1e6:,.0f}",
             f"{sum(sent_by_axis(predicted).values()) / sent:.3f}",
             f"{entry['flops'] / 1e9:,.0f}",
-            f"{predicted.flops / entry['flops']:.3f}",
+            f"{listed_flops(case, layout) / entry['flops']:.3f}",
             f"{max(row.get('largest', 0) for row in entry['collectives']) / 1e6:,.1f}",
-            f"{entry['compile_seconds']:.0f}",
+            "" if entry["compile_seconds"] is None else f"{entry['compile_seconds']:.0f}",
         )
     return table
 

@@ -8,7 +8,8 @@ Reading order: ``hardware``, ``topology``, ``layout``, ``algorithm``; ``shares``
 """
 
 from jdml.plan.algorithm import Algorithm, parse_algorithm
-from jdml.plan.layout import Layout, layouts
+from jdml.plan.candidates import layouts
+from jdml.plan.layout import Layout
 from jdml.plan.memory import Memory
 from jdml.plan.planner import Case, Plan, make_plan
 from jdml.plan.program import Compiled, DoesNotFit

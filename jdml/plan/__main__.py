@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
@@ -13,10 +13,11 @@ from rich.console import Console
 
 from jdml.models import TransformerConfig
 from jdml.models.transformer import presets
+from jdml.models.transformer.config import DIVIDED, Attention
 from jdml.plan.algorithm import parse_algorithm
-from jdml.plan.layout import Layout
+from jdml.plan.layout import Layout, parse_layout
 from jdml.plan.picture import draw
-from jdml.plan.planner import Case, make_plan
+from jdml.plan.planner import Case, Found, make_plan
 from jdml.plan.program import Compiled, DoesNotFit
 from jdml.plan.report import show, to_json
 from jdml.plan.topology import parse_topology
@@ -27,8 +28,8 @@ class Options:
     """Lists the meshes that divide, ranks them by a roofline, compiles the best ahead of time."""
 
     model: str = "llama3-8b"
-    """llama3-8b, llama3-70b, gpt2-small, -medium, -large, -xl; or a JSON file with fields of
-    TransformerConfig."""
+    """llama3-8b, llama3-70b, mixtral-8x7b, mixtral-8x22b, gpt2-small, -medium, -large, -xl; or a
+    JSON file with fields of TransformerConfig."""
     topology: str = "v5e:16x16"
     """CHIP:SHAPE of v5e, v5p, v6e, 2*v5e:16x16 for two slices; a100:N, h100:N, h200:N, b200:N."""
     batch: int = 256
@@ -41,8 +42,14 @@ class Options:
     """What the backward pass computes again: none, dots, full. By default full for the presets."""
     dtype: str | None = None
     """Of activations and products: bfloat16 or float32. By default bfloat16 for the presets."""
+    attention: Attention | None = None
+    """full, ring, ulysses or gather. By default the model's own; a sequence that an axis divides
+    goes round in a ring."""
+    schedule: str = "1f1b"
+    """Of pipelines: gpipe, 1f1b, interleaved:CHUNKS, zero_bubble."""
     mesh: tuple[str, ...] = field(default=())
-    """Only these, as data x fsdp x model: 1x256x1 1x64x4."""
+    """Only these: as data x fsdp x model, 1x64x4; or by name, of data, stage, fsdp, expert, seq,
+    model and micro_batches: stage=4,fsdp=64,micro_batches=16."""
     compile: int = 1
     """How many of the best to compile; 0 for the formula alone."""
     json: Path | None = None
@@ -64,11 +71,12 @@ def main(options: Options) -> None:
         options.batch,
         options.seq,
         parse_algorithm(options.algorithm),
+        options.schedule,
     )
     plan = make_plan(
         case,
         options.compile,
-        [layout_of(text) for text in options.mesh],
+        [parse_layout(text, options.schedule) for text in options.mesh],
         lambda layout, found: console.print(_line(layout, found), markup=False),
     )
     show(plan, console)
@@ -84,20 +92,32 @@ def model_of(options: Options) -> TransformerConfig:
     Raises:
       ValueError: no such preset or file, or fields that do not fit together.
     """
-    changes = {
+    changes: dict[str, Any] = {
         name: value
         for name, value in (("remat", options.remat), ("dtype", options.dtype))
         if value is not None
     }
+    if options.attention is not None:
+        changes |= {
+            "attention": options.attention,
+            "flatten_tokens": options.attention not in DIVIDED,
+        }
+        order = "zigzag" if options.attention in ("ring", "gather") else "contiguous"
+        changes |= {"seq_order": order}
     family, _, size = options.model.partition("-")
-    if family in ("llama3", "gpt2") and size:
+    if family in ("llama3", "gpt2", "mixtral") and size:
         defaults = {"remat": "full", "dtype": "bfloat16"}
-        return getattr(presets, family)(size, **(defaults | changes))
+        preset = getattr(presets, family)(size, **(defaults | changes))
+        if preset.positions == "rotary":  # which any number of positions may have
+            longest = max(preset.max_seq_len, options.seq)
+            preset = dataclasses.replace(preset, max_seq_len=longest)
+        return preset
     path = Path(options.model)
     if path.suffix != ".json" or not path.is_file():
         raise ValueError(
-            f"--model {options.model}: expected llama3-8b, llama3-70b, gpt2-small, gpt2-medium, "
-            "gpt2-large, gpt2-xl, or a JSON file with fields of TransformerConfig"
+            f"--model {options.model}: expected llama3-8b, llama3-70b, mixtral-8x7b, "
+            "mixtral-8x22b, gpt2-small, gpt2-medium, gpt2-large, gpt2-xl, or a JSON file with "
+            "fields of TransformerConfig"
         )
     fields = json.loads(path.read_text(encoding="utf-8"))
     known = {one.name for one in dataclasses.fields(TransformerConfig)}
@@ -109,17 +129,9 @@ def model_of(options: Options) -> TransformerConfig:
     return TransformerConfig(**(fields | changes))
 
 
-def layout_of(text: str) -> Layout:
-    """``1x64x4`` → data=1 × fsdp=64 × model=4."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if match is None or "0" in match.groups():
-        raise ValueError(f"--mesh {text}: expected sizes of data, fsdp and model, as in 1x64x4")
-    return Layout(*map(int, match.groups()))
-
-
-def _line(layout: Layout, found: Compiled | DoesNotFit) -> str:
-    if isinstance(found, DoesNotFit):
-        return f"{layout} does not fit"
+def _line(layout: Layout, found: Found) -> str:
+    if not isinstance(found, Compiled):
+        return f"{layout} {'does not fit' if isinstance(found, DoesNotFit) else 'failed'}"
     return f"{layout} compiled in {found.seconds:.0f} s"
 
 

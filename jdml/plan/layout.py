@@ -1,40 +1,81 @@
-"""Mesh shapes that divide a model and a batch."""
+"""Meshes, and what goes with them: how a pipeline runs, how a divided sequence is attended."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from jdml.models import TransformerConfig
+from jdml.models.transformer.config import DIVIDED
+from jdml.partition.pipeline import Schedule, gpipe, interleaved, one_f_one_b, zero_bubble
 from jdml.plan.topology import Topology
 
-AXES = ("data", "fsdp", "model")
+AXES = ("data", "stage", "fsdp", "expert", "seq", "model")
+"""From the axis whose messages can wait longest to that whose chips should lie closest together."""
+_ALWAYS = ("data", "fsdp", "model")
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved:CHUNKS", "zero_bubble")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes.
+    """Sizes of the mesh axes, and how a pipeline runs on them.
 
     Attributes:
       data: Workers, each with a copy of the model, who exchange what the algorithm says. The axis
-        that crosses slices.
+        that crosses slices, unless ``stage`` does.
       fsdp: Parts of each copy and of its worker's samples; gathered layer by layer.
       model: Parts of each layer's heads, hidden units and words (tensor parallelism).
+      stage: Parts of the stack of layers (a pipeline). Its tables' words are then not divided over
+        ``model``: XLA's partitioner ends the process where a stage reads a table so divided and two
+        more axes are automatic.
+      seq: Parts of every sequence (context parallelism).
+      expert: Parts of a mixture's experts and of its worker's samples.
+      micro_batches: Of a pipeline, in a step.
+      schedule: Of a pipeline, one of ``SCHEDULES``.
     """
 
     data: int = 1
     fsdp: int = 1
     model: int = 1
+    stage: int = 1
+    seq: int = 1
+    expert: int = 1
+    micro_batches: int = 1
+    schedule: str = "1f1b"
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in AXES}
+        """Of the mesh's axes: ``data``, ``fsdp`` and ``model``, and the others longer than 1."""
+        sizes = {name: getattr(self, name) for name in AXES}
+        return {name: size for name, size in sizes.items() if size > 1 or name in _ALWAYS}
 
     @property
     def num_chips(self) -> int:
-        return self.data * self.fsdp * self.model
+        return math.prod(self.sizes.values())
+
+    @property
+    def samples(self) -> int:
+        """Parts of the batch."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the stack of layers that each stage holds."""
+        return schedule_of(self.schedule).chunks
+
+    @property
+    def mesh(self) -> str:
+        """The axes longer than 1, for people: ``stage=4 × fsdp=16``."""
+        longer = [f"{name}={size}" for name, size in self.sizes.items() if size > 1]
+        return " × ".join(longer) or "one chip"
 
     def __str__(self) -> str:
-        return " × ".join(f"{name}={size}" for name, size in self.sizes.items())
+        if self.stage == 1:
+            return self.mesh
+        return f"{self.mesh} ({self.schedule}, {self.micro_batches} micro-batches)"
 
     def spans(self, topology: Topology) -> dict[str, tuple[int, int]]:
         """``(inside, across)`` of each axis: its chips in one slice or node, and how many of those.
@@ -47,57 +88,77 @@ class Layout:
             inside = math.gcd(size, room)
             found[axis] = (inside, size // inside)
             room //= inside
-        return {axis: found[axis] for axis in AXES}
+        return {axis: found[axis] for axis in self.sizes}
+
+    def crossing(self, topology: Topology) -> dict[str, int] | None:
+        """Which axis crosses slices, and how many, as ``make_mesh`` takes it."""
+        if topology.num_slices == 1:
+            return None
+        axis = "stage" if self.data % topology.num_slices else "data"
+        return {axis: topology.num_slices}
 
 
-def refusal(
-    layout: Layout, config: TransformerConfig, topology: Topology, batch: int
-) -> str | None:
-    """Why the layout cannot be, or None."""
-    if layout.num_chips != topology.num_chips:
-        return f"{layout} is {layout.num_chips} chips, {topology} has {topology.num_chips}"
-    if topology.is_tpu and layout.data % topology.num_slices:
-        return f"data={layout.data} does not divide over {topology.num_slices} slices"
-    if batch % (layout.data * layout.fsdp):
-        return f"data × fsdp = {layout.data * layout.fsdp} does not divide the batch, {batch}"
-    if config.embed_dim % layout.fsdp:
-        return f"fsdp={layout.fsdp} does not divide embed_dim={config.embed_dim}"
-    for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
-        if getattr(config, name) % layout.model:
-            return f"model={layout.model} does not divide {name}={getattr(config, name)}"
-    return None
-
-
-def layouts(config: TransformerConfig, topology: Topology, batch: int) -> list[Layout]:
-    """All that divide.
+@cache
+def schedule_of(name: str) -> Schedule:
+    """``gpipe``, ``1f1b``, ``interleaved:2``, ``zero_bubble``.
 
     Raises:
-      ValueError: none does; says for each axis what stands in the way.
+      ValueError: none of them.
     """
-    tried = list(_products(topology.num_chips))
-    found = [one for one in tried if refusal(one, config, topology, batch) is None]
-    if not found:
-        reasons = [refusal(one, config, topology, batch) for one in tried]
-        # The most divided model leaves the batch the fewest parts.
-        nearest = [r for r in dict.fromkeys(reasons) if r is not None and "batch" in r]
-        most = _most_model(config, topology.num_chips)
-        parts = topology.num_chips // most
+    plain = {"gpipe": gpipe, "1f1b": one_f_one_b, "zero_bubble": zero_bubble}
+    if name in plain:
+        return plain[name]()
+    match = re.fullmatch(r"interleaved:(\d+)", name)
+    if match is None or int(match[1]) < 2:
         raise ValueError(
-            f"no mesh of {topology.num_chips} chips divides a batch of {batch}: "
-            f"{(nearest or [r for r in reasons if r])[-1]}. The heads let model be at most {most}, "
-            f"so that data × fsdp is at least {parts}; take a batch that is a multiple of {parts}"
+            f"schedule: expected one of {', '.join(SCHEDULES)} (from 2 chunks on); got {name!r}"
         )
-    return found
+    return interleaved(int(match[1]))
 
 
-def _most_model(config: TransformerConfig, num_chips: int) -> int:
-    dims = (config.num_heads, config.num_kv_heads, config.mlp_dim, config.vocab_size)
-    return math.gcd(*dims, num_chips)
+def parse_layout(text: str, schedule: str = "1f1b") -> Layout:
+    """``1x64x4`` → data=1 × fsdp=64 × model=4; ``stage=4,fsdp=16,micro_batches=32`` by name.
+
+    Args:
+      text: A mesh.
+      schedule: Of a pipeline.
+
+    Raises:
+      ValueError: neither; or a pipeline that does not say its micro-batches.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    pairs = [re.fullmatch(r"(\w+)=(\d+)", part.strip()) for part in text.split(",")]
+    sizes: dict[str, Any]
+    if match is not None:
+        sizes = dict(zip(_ALWAYS, map(int, match.groups()), strict=True))
+    else:
+        sizes = {pair[1]: int(pair[2]) for pair in pairs if pair is not None}
+        if None in pairs or len(sizes) < len(pairs) or not sizes.keys() <= {*AXES, "micro_batches"}:
+            raise ValueError(
+                f"--mesh {text}: expected sizes of data, fsdp and model, as in 1x64x4, or axes by "
+                f"name, {', '.join(AXES)}, as in stage=4,fsdp=16,micro_batches=32"
+            )
+    if min(sizes.values()) < 1:
+        raise ValueError(f"--mesh {text}: expected sizes of at least 1")
+    if sizes.get("stage", 1) > 1 and "micro_batches" not in sizes:
+        raise ValueError(
+            f"--mesh {text}: a pipeline runs micro-batches; say how many: "
+            f"{text},micro_batches={4 * sizes['stage']}"
+        )
+    return dataclasses.replace(Layout(**sizes), schedule=schedule)
 
 
-def _products(num_chips: int) -> Iterator[Layout]:
-    divisors = [n for n in range(1, num_chips + 1) if num_chips % n == 0]
-    for model in divisors:
-        for fsdp in divisors:
-            if num_chips % (model * fsdp) == 0:
-                yield Layout(num_chips // (model * fsdp), fsdp, model)
+def divided_config(config: TransformerConfig, layout: Layout) -> TransformerConfig:
+    """The model as a step of this layout runs it.
+
+    Attention in rings and zig-zag order where ``seq`` divides a sequence that the configuration
+    attends in full; tokens not joined where the rules divide them.
+    """
+    if layout.seq == 1:
+        return config
+    if config.attention in DIVIDED:
+        return dataclasses.replace(config, flatten_tokens=False)
+    return dataclasses.replace(
+        config, attention="ring", seq_order="zigzag" if config.causal else "contiguous",
+        flatten_tokens=False,
+    )  # fmt: skip

@@ -12,9 +12,12 @@ the head gathered and its gradient whole.
 from dataclasses import dataclass
 
 from jdml.models import TransformerConfig
+from jdml.models.experts.dropless import rows_of_round
+from jdml.models.transformer.config import DIVIDED
 from jdml.plan.algorithm import Algorithm
-from jdml.plan.layout import Layout
+from jdml.plan.layout import Layout, divided_config
 from jdml.plan.shares import shares
+from jdml.plan.ticks import ticks_of
 from jdml.plan.topology import Topology
 from jdml.plan.traffic import num_chunks, returns_scattered
 
@@ -74,38 +77,50 @@ def predict_memory(
     held = sum(share.elements for share in owned)
     stacked = sum(share.elements for share in owned if share.stacked)
     width = config.compute_dtype.itemsize
-    tokens = batch // (layout.data * layout.fsdp) * seq
-    narrow = width * stacked if width < 4 else 0
+    layers = config.num_layers // layout.stage
+    # Of a micro-batch, in a pipeline.
+    tokens = batch // layout.samples // layout.micro_batches * (seq // layout.seq)
     stream = width * tokens * config.embed_dim
     # Offloaded, a layer's leaves the chip while the next one runs.
-    kept_layers = min(2, config.num_layers) if config.offloads else config.num_layers
+    kept_layers = min(2, layers) if config.offloads else layers
     saved = kept_layers * _saved(config, layout, tokens, seq)
-    head = config.embed_dim * config.vocab_size // layout.model
+    between = 0
+    narrow = width * stacked if width < 4 else 0
+    if layout.stage > 1:
+        ticks = ticks_of(layout)
+        saved = saved * ticks.slots["kept"] // ticks.chunks
+        between = stream * (ticks.slots["input"] + ticks.slots["gradient"])
+    words = 1 if layout.stage > 1 else layout.model
+    head = config.embed_dim * config.vocab_size // words
     scattered = returns_scattered(topology, layout)
 
     # The loss: the head in the compute dtype and its gradient, f32, of which a chip's part comes
     # back; or, all-reduced, all of it in the compute dtype.
     copies = 1 + (1 / layout.fsdp if scattered else width / 4)
-    logits = 4 * tokens // num_chunks(config, seq) * config.vocab_size // layout.model
+    summed_whole = layout.seq > 1 or layout.expert > 1  # over all axes of the tokens at once
+    copies += summed_whole
+    logits = 4 * tokens // num_chunks(config, seq) * config.vocab_size // words
     passing = _beyond_scratch(3 * stream + logits, logits, topology)
     loss = (width + 4 * copies) * head + passing
 
     # A layer backward, with the layers' gradients and the head's.
-    weights = width * stacked // config.num_layers * layout.fsdp
-    scores = tokens * seq * config.num_heads // layout.model
+    weights = width * stacked // layers * layout.fsdp
+    scores = _scores(config, layout, tokens, seq)
     hidden = width * tokens * config.mlp_dim // layout.model
     working = STREAM_COPIES * stream + max(
         topology.chip.score_bytes * scores, HIDDEN_COPIES * hidden
     )
-    layer = (
-        4 * stacked
-        + (4 * head // layout.fsdp if scattered else width * head)
-        + weights
-        + _beyond_scratch(working, max(4 * scores, hidden), topology)
-    )
+    if divided_config(config, layout).attention not in DIVIDED:
+        working = _beyond_scratch(working, max(4 * scores, hidden), topology)
+    heads_gradient = 4 * head // layout.fsdp if scattered else width * head
+    if summed_whole:
+        heads_gradient = 4 * head
+    layer = 4 * stacked + heads_gradient + weights + working + _travelling(config, layout, tokens)
     # The update: an all-reduce among the workers leaves the gradients beside their means.
     update = 4 * held * (2 if layout.data > 1 and algorithm.codec is None else 1)
-    fullest = int(max(narrow + saved + max(layer, loss), update))
+    if layout.stage > 1:
+        update += 4 * held  # and those of the stages beside their sums
+    fullest = int(max(narrow + saved + between + max(layer, loss), update))
     return Memory(
         parameters=4 * held,
         gradients=4 * held,
@@ -113,6 +128,34 @@ def predict_memory(
         activations=saved,
         temporaries=max(fullest - 4 * held - saved, 0),
     )
+
+
+def _scores(config: TransformerConfig, layout: Layout, tokens: int, seq: int) -> int:
+    """Attention scores that a chip has at once: all of them, or one block for each head."""
+    heads = config.num_heads // layout.model
+    ran = divided_config(config, layout)
+    if ran.attention not in DIVIDED:
+        return tokens * seq * heads
+    samples = tokens * layout.seq // seq
+    return samples * heads * min(ran.attention_block, seq // layout.seq) ** 2
+
+
+def _travelling(config: TransformerConfig, layout: Layout, tokens: int) -> float:
+    """Bytes of keys on their way, and of rows at their experts."""
+    width, total = config.compute_dtype.itemsize, 0.0
+    if layout.seq > 1:
+        keys = 2 * tokens * config.num_kv_heads * config.head_dim // layout.model
+        # On their way and at hand; gradients on their way, their sum, and the chip's own part.
+        total += keys * (2 * width + 3 * 4)
+    if config.num_experts is not None:
+        rows = tokens * config.experts_per_token
+        if layout.expert > 1:
+            size, _ = rows_of_round(
+                tokens, config.experts_per_token, config.num_experts, layout.expert
+            )
+            rows = layout.expert * size
+        total += rows * width * (3 * config.embed_dim + 3 * config.mlp_dim // layout.model)
+    return total
 
 
 def _beyond_scratch(total: float, largest: int, topology: Topology) -> float:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdml.plan.layout import Layout
 from jdml.plan.planner import Plan
 from jdml.plan.program import Compiled
 from jdml.plan.report import CLASSES
@@ -38,8 +39,7 @@ def draw(plan: Plan, file: str | Path) -> "Figure":
     left, right = figure.subplots(1, 2, sharey=True)
     _times(left, best)
     _memories(right, plan, best)
-    left.set_yticks(range(len(best)), [" × ".join(map(str, p.layout.sizes.values())) for p in best])
-    left.set_ylabel("data × fsdp × model")
+    left.set_yticks(range(len(best)), [_label(p.layout) for p in best], fontsize=8)
     left.invert_yaxis()
     case = plan.case
     figure.suptitle(
@@ -51,6 +51,11 @@ def draw(plan: Plan, file: str | Path) -> "Figure":
     return figure
 
 
+def _label(layout: Layout) -> str:
+    pipelined = f"\n{layout.micro_batches} micro-batches" if layout.stage > 1 else ""
+    return layout.mesh + pipelined
+
+
 def _times(panel: "Axes", best: tuple[Prediction, ...]) -> None:
     parts: dict[str, list[float]] = {
         "products": [p.compute_seconds for p in best],
@@ -58,7 +63,8 @@ def _times(panel: "Axes", best: tuple[Prediction, ...]) -> None:
         "weights and gradients, beyond both": [
             max(p.hidden_seconds - max(p.compute_seconds, p.memory_seconds), 0.0) for p in best
         ],
-        "sums waited for": [p.exposed_seconds for p in best],
+        "exchanges waited for": [p.exposed_seconds for p in best],
+        "bubble": [p.bubble_seconds for p in best],
         "between slices": [p.slow_seconds for p in best],
     }
     _stack(panel, parts, range(len(best)), 0.7, 1e3)

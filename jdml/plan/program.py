@@ -18,11 +18,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdml.models import TransformerConfig, next_token_loss
+from jdml.models import TransformerConfig, pipeline_parts, training_loss
+from jdml.partition.pipeline import pipeline
 from jdml.plan.algorithm import Algorithm
-from jdml.plan.layout import Layout
+from jdml.plan.layout import Layout, divided_config, schedule_of
 from jdml.plan.memory import Memory
 from jdml.plan.shares import abstract_model, rules_of
+from jdml.plan.ticks import ticks_of
 from jdml.plan.topology import Topology
 from jdml.sharding import Collective, collectives, make_mesh, program_flops, specs
 from jdml.train import make_step
@@ -39,14 +41,32 @@ class Compiled:
     Attributes:
       memory: In its classes.
       listed: Its collectives.
-      flops: Of its matrix products.
+      flops: Of its matrix products; in a pipeline as if every tick ran its longest operation.
       seconds: That compiling took.
+      layout: The mesh.
     """
 
     memory: Memory
     listed: tuple[Collective, ...]
     flops: int
     seconds: float
+    layout: Layout
+
+    def runs(self, one: Collective) -> float:
+        """How often a collective runs in a step, as the text tells.
+
+        In a pipeline each operation of a stage has its ticks, and so has handing on; what the ends
+        do alone counts as if a stage were both.
+        """
+        times = float(one.count or 1)
+        if self.layout.stage == 1:
+            return times
+        ticks = ticks_of(self.layout)
+        share = {"sends": (ticks.forward + ticks.back) / 2}
+        for name, branch in one.branches:
+            ran = ticks.runs(branch) if name == "stage" else share.get(name, ticks.number)
+            times *= ran / ticks.number
+        return times
 
 
 class DoesNotFit(ValueError):
@@ -59,6 +79,9 @@ class DoesNotFit(ValueError):
     def __init__(self, message: str, missing: int | None) -> None:
         super().__init__(message)
         self.missing = missing
+
+    def __reduce__(self) -> Any:
+        return DoesNotFit, (str(self), self.missing)
 
 
 def has_libtpu() -> bool:
@@ -87,50 +110,77 @@ def tpu_mesh(topology: Topology, layout: Layout) -> Mesh:
         described = topologies.get_topology_desc(topology.slice_name, platform="tpu", **several)
     except Exception as error:
         raise ValueError(f"libtpu does not know {topology}: {error}") from error
-    dcn = {"data": topology.num_slices} if several else None
-    return make_mesh(layout.sizes, dcn=dcn, devices=described.devices)
+    crossing = layout.crossing(topology)
+    return make_mesh(layout.sizes, dcn=crossing, devices=described.devices)
 
 
 def lower_step(
-    config: TransformerConfig, mesh: Mesh, batch: int, seq: int, algorithm: Algorithm
+    config: TransformerConfig,
+    layout: Layout,
+    mesh: Mesh,
+    batch: int,
+    seq: int,
+    algorithm: Algorithm,
 ) -> tuple[Any, Any]:
     """``(lowered step, abstract state)`` of training with AdamW; nothing is made.
 
     Args:
       config: The model.
-      mesh: With axes ``data``, ``fsdp``, ``model``.
+      layout: How it is divided.
+      mesh: With the axes of ``layout.sizes``.
       batch: Samples of a step, on all chips together.
       seq: Tokens of a sample.
       algorithm: What the workers exchange.
     """
-    graphdef, abstract = abstract_model(config)
-    rules = rules_of()
+    graphdef, abstract = abstract_model(divided_config(config, layout))
+    rules = rules_of(layout)
     params = nnx.to_pure_dict(abstract)
     param_specs = nnx.to_pure_dict(specs(abstract, mesh, rules))
 
-    def loss_fn(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
+    def whole(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
         model = nnx.merge(graphdef, params)
-        return next_token_loss(model, batch["inputs"], batch["targets"]), {}
+        return training_loss(model, batch["inputs"], batch["targets"])
 
-    chain = algorithm.chain(optax.adamw(3e-4))
+    loss_fn: Any = whole
+    if layout.stage > 1:
+        pipe = pipeline(
+            *pipeline_parts(nnx.merge(graphdef, abstract)),
+            mesh,
+            num_layers=config.num_layers,
+            micro_batches=layout.micro_batches,
+            schedule=schedule_of(layout.schedule),
+        )
+        loss_fn, param_specs = pipe, pipe.specs(param_specs)
+        params = jax.eval_shape(pipe.arrange, params)
+    inside = tuple(axis for axis in ("fsdp", "expert") if axis in mesh.axis_names)
     init, step = make_step(
-        loss_fn, chain, mesh, specs=param_specs, rules=rules, batch_axes=("fsdp",)
+        loss_fn,
+        algorithm.chain(optax.adamw(3e-4)),
+        mesh,
+        specs=param_specs,
+        rules=rules,
+        batch_axes=inside,
     )
     state = init.abstract(params)
-    placed = NamedSharding(mesh, P(("data", "fsdp")))
+    placed = NamedSharding(mesh, P(("data", *inside), "seq" if layout.seq > 1 else None))
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32, sharding=placed)
     return step.lower(state, {"inputs": tokens, "targets": tokens}), state
 
 
 def compile_step(
-    config: TransformerConfig, mesh: Mesh, batch: int, seq: int, algorithm: Algorithm
+    config: TransformerConfig,
+    layout: Layout,
+    mesh: Mesh,
+    batch: int,
+    seq: int,
+    algorithm: Algorithm,
 ) -> Compiled:
     """Compiles a step for the mesh's chips and reads off what it holds and sends.
 
     Raises:
       DoesNotFit: the compiler found no room for it.
     """
-    lowered, state = lower_step(config, mesh, batch, seq, algorithm)
+    lowered, state = lower_step(config, layout, mesh, batch, seq, algorithm)
     start = time.perf_counter()
     try:
         program = lowered.compile()
@@ -140,19 +190,21 @@ def compile_step(
         raise _does_not_fit(str(error)) from error
     seconds = time.perf_counter() - start
     return Compiled(
-        read_memory(program, state, config),
+        read_memory(program, state, config, layout),
         tuple(collectives(program, mesh)),
         program_flops(program),
         seconds,
+        layout,
     )
 
 
-def read_memory(program: Any, state: Any, config: TransformerConfig) -> Memory:
+def read_memory(program: Any, state: Any, config: TransformerConfig, layout: Layout) -> Memory:
     """What a compiled step holds on one chip, in its classes.
 
     Parameters and optimiser are what the arguments hold. What the loop over the layers carries from
-    the forward to the backward pass are the activations; the gradients are counted as f32, whole;
-    all else that the program allocates is temporary.
+    the forward to the backward pass are the activations (in a pipeline, what the loop over ticks
+    keeps between the two in slots); the gradients are counted as f32, whole; all else that the
+    program allocates is temporary.
     """
     sizes = program.memory_analysis()
     parameters, everything = _held(state.params), _held(state)
@@ -160,7 +212,11 @@ def read_memory(program: Any, state: Any, config: TransformerConfig) -> Memory:
     stacked = {
         math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params) if x.ndim
     }
-    activations = _carried(program.as_text(), config.num_layers, stacked)
+    lead: tuple[int, ...] = (config.num_layers,)
+    if layout.stage > 1:
+        ticks = ticks_of(layout)
+        lead = (ticks.slots["kept"], config.num_layers // layout.stage // ticks.chunks)
+    activations = _carried(program.as_text(), lead, stacked)
     allocated = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     inputs = sizes.argument_size_in_bytes - everything
     return Memory(
@@ -181,8 +237,8 @@ def _held(tree: PyTree) -> int:
     return sum(_shard(x) for x in leaves)
 
 
-def _carried(text: str, num_layers: int, parameters: set[int]) -> int:
-    """Bytes of what is stacked by layer in a loop of the entry, and is no parameter.
+def _carried(text: str, lead: tuple[int, ...], parameters: set[int]) -> int:
+    """Bytes of what a loop of the entry carries under these leading dims, and is no parameter.
 
     Parameters are told by their size, so activations as large as one of them would be left out.
     """
@@ -194,7 +250,7 @@ def _carried(text: str, num_layers: int, parameters: set[int]) -> int:
             total = 0
             for dtype, dims in re.findall(r"(bf16|f32)\[([\d,]+)\]", head):
                 shape = [int(d) for d in dims.split(",")]
-                if shape[0] == num_layers and math.prod(shape) not in parameters:
+                if tuple(shape[: len(lead)]) == lead and math.prod(shape) not in parameters:
                     total += math.prod(shape) * (2 if dtype == "bf16" else 4)
             largest = max(largest, total)
     return largest

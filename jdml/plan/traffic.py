@@ -12,52 +12,26 @@ formula to them). With b samples of s tokens on a chip and a compute dtype of w 
 - With ``model`` a layer adds up ``b s embed w`` bytes twice forward and twice backward, once more
   where the block is computed again; so does the embedding once, and the head its gradient with
   respect to what it multiplied, in f32.
+- Where ``seq`` or ``expert`` divides the tokens too, the gradients of embedding and head are added
+  up over all these axes at once, whole, and those of the layers by a further all-reduce.
 - ``data`` exchanges what the algorithm says, once a step (or every so often), in f32; exact
   gradients of an embedding that ``fsdp`` does not divide in the compute dtype.
 """
 
-from dataclasses import dataclass
+import math
 
 from jdml.models import TransformerConfig
 from jdml.plan.algorithm import Algorithm
+from jdml.plan.exchange import Exchange, all_gathered, all_reduced
 from jdml.plan.layout import Layout
 from jdml.plan.shares import Share, shares
 from jdml.plan.topology import Topology
+from jdml.plan.travelling import experts_exchange, sequences_exchange, stages_exchange
+from jdml.plan.work import SMALL_VOCABULARY
 
 LARGEST_RING = 16
 """Chips up to which a layer's gradients go around a ring where a reduce-scatter would not."""
 LOSS_CHUNK = 128
-SMALL_VOCABULARY = 4096
-"""Up to which the loss takes all positions at once: ``jdml/models/loss.py``."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One kind of collective of a step.
-
-    Attributes:
-      what: In words.
-      axis: Mesh axis along which the chips differ that exchange.
-      sent_bytes: What a chip sends in a step, bandwidth-optimal.
-      hidden: Runs beside the products, so that only what takes longer than these is waited for.
-      times: How often it runs in a step.
-    """
-
-    what: str
-    axis: str
-    sent_bytes: float
-    hidden: bool
-    times: float
-
-
-def all_gathered(size: int, payload: float) -> float:
-    """Sent by each of ``size`` chips that gather shards of ``payload`` bytes."""
-    return (size - 1) * payload
-
-
-def all_reduced(size: int, payload: float) -> float:
-    """Sent by each of ``size`` chips that add up arrays of ``payload`` bytes."""
-    return 2 * (size - 1) / size * payload
 
 
 def num_chunks(config: TransformerConfig, seq: int) -> int:
@@ -86,7 +60,11 @@ def predict_traffic(
     owned = shares(config, layout)
     found = [
         *_weights(config, topology, layout, owned),
+        *_tables(config, layout, owned),
         *_activations(config, layout, batch, seq),
+        *stages_exchange(config, layout, batch, seq),
+        *sequences_exchange(config, layout, batch, seq),
+        *experts_exchange(config, layout, batch, seq),
     ]
     if layout.data > 1:
         sizes = [_exchanged(share, config, layout, algorithm) for share in owned]
@@ -108,9 +86,11 @@ def _weights(
             continue
         payload = width * share.elements
         if share.stacked:
-            gathered += all_gathered(size, payload) * _num_gathers(share)
+            gathered += all_gathered(size, payload) * _num_gathers(share, layout)
         else:
             once += all_gathered(size, payload)
+            if len(_of_tokens(layout)) > 1:
+                continue  # its gradient is summed over all these axes: ``_tables``
         # The loss adds up the head's gradient in f32.
         wide = 4 if share.path.startswith("head") else width
         scattered = scatters or (share.stacked and size <= LARGEST_RING)
@@ -125,19 +105,42 @@ def _weights(
     ]
 
 
+def _tables(config: TransformerConfig, layout: Layout, owned: tuple[Share, ...]) -> list[Exchange]:
+    """Gradients of embedding and head where axes beside ``fsdp`` divide the tokens."""
+    axes = _of_tokens(layout)
+    if axes in ((), ("fsdp",)) or layout.stage > 1:
+        return []
+    parts = math.prod(layout.sizes[axis] for axis in axes)
+    sent = 0.0
+    for share in owned:
+        if not share.stacked:
+            whole = share.elements * (layout.fsdp if "fsdp" in share.axes else 1)
+            # The loss adds up the head's gradient in f32.
+            wide = 4 if share.path.startswith("head") else config.compute_dtype.itemsize
+            sent += all_reduced(parts, wide * whole)
+    return [Exchange("gradients of embedding and head", "+".join(axes), sent, False, 2)]
+
+
+def _of_tokens(layout: Layout) -> tuple[str, ...]:
+    """Axes that divide the tokens of a worker."""
+    return tuple(a for a in ("fsdp", "expert", "seq") if layout.sizes.get(a, 1) > 1)
+
+
 def _exchanged(
     share: Share, config: TransformerConfig, layout: Layout, algorithm: Algorithm
 ) -> int:
     """Elements of f32 that stand for what the workers exchange of a parameter."""
     exact = algorithm.codec is None and not algorithm.averages
-    if exact and layout.fsdp == 1 and share.path.startswith("embed"):
+    if exact and layout.fsdp == layout.stage == 1 and share.path.startswith("embed"):
         # Added up where the rows were taken from, and only then made f32.
         return share.elements * config.compute_dtype.itemsize // 4
     return share.elements
 
 
-def _num_gathers(share: Share) -> int:
-    return 3 if "attention" in share.path else 2
+def _num_gathers(share: Share, layout: Layout) -> int:
+    # Of a divided sequence tokens are not joined, and the last product needs its kernel once less.
+    again = "attention" in share.path and (layout.seq == 1 or "attention/out" not in share.path)
+    return 3 if again else 2
 
 
 def returns_scattered(topology: Topology, layout: Layout) -> bool:

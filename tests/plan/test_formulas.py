@@ -9,12 +9,17 @@ import math
 import jax
 import pytest
 
+from jdml.models import TransformerConfig
+from jdml.partition.pipeline import simulate
 from jdml.plan import Layout, parse_algorithm, parse_topology
+from jdml.plan.layout import schedule_of
 from jdml.plan.memory import predict_memory
 from jdml.plan.program import compile_step, lower_step
-from jdml.plan.roofline import predict_flops, predict_step
+from jdml.plan.roofline import predict_step
 from jdml.plan.shares import shares
+from jdml.plan.ticks import ticks_of
 from jdml.plan.traffic import predict_traffic
+from jdml.plan.work import pairs_of, predict_work
 from jdml.sharding import bytes_per_axis, make_mesh
 
 BATCH, SEQ = 16, 48  # no stack of activations is as large as one of parameters
@@ -27,7 +32,7 @@ def both(request, config, compiled_lightly):
     """``(algorithm, layout, compiled)`` on eight simulated devices."""
     layout, algorithm = LAYOUTS[request.param], parse_algorithm(request.param)
     mesh = make_mesh(layout.sizes)
-    return algorithm, layout, compile_step(config, mesh, BATCH, SEQ, algorithm)
+    return algorithm, layout, compile_step(config, layout, mesh, BATCH, SEQ, algorithm)
 
 
 def test_state_is_what_the_program_takes(config, both):
@@ -43,7 +48,7 @@ def test_state_is_what_the_program_takes(config, both):
 def test_what_exchanges_of_models_keep(config, name, copies):
     """AdamW's two moments; DiLoCo's anchor and momentum too."""
     layout, algorithm = Layout(2, 4, 1), parse_algorithm(name)
-    _, state = lower_step(config, make_mesh(layout.sizes), BATCH, SEQ, algorithm)
+    _, state = lower_step(config, layout, make_mesh(layout.sizes), BATCH, SEQ, algorithm)
     memory = predict_memory(config, POD, layout, BATCH, SEQ, algorithm)
     assert memory.optimiser == copies * memory.parameters
     held = sum(
@@ -55,7 +60,8 @@ def test_what_exchanges_of_models_keep(config, name, copies):
 
 def test_products_are_counted(config, both):
     _, layout, compiled = both
-    assert predict_flops(config, layout, BATCH, SEQ) == pytest.approx(compiled.flops, rel=0.03)
+    work = predict_work(config, layout, BATCH, SEQ)
+    assert work.total == pytest.approx(compiled.flops, rel=0.03)
 
 
 def test_the_workers_exchange_what_is_predicted(config, both):
@@ -141,3 +147,97 @@ def test_what_is_kept_of_activations_grows_as_less_is_computed_again(config):
     ]
     assert kept == sorted(kept)
     assert len(set(kept)) == 3
+
+
+def exchange_of(config, layout, batch, seq, axis, what):
+    """The one exchange over the axis that is so called."""
+    found = predict_traffic(config, POD, layout, batch, seq, EXACT)
+    (one,) = [e for e in found if e.axis == axis and what in e.what]
+    return one
+
+
+def test_keys_that_go_round_are_those_of_the_page():
+    """18 permutes and 73,728 bytes: ``docs/context.md``, read off its compiled program."""
+    page = TransformerConfig(
+        num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64,
+        attention="ring", seq_order="zigzag", flatten_tokens=False,
+    )  # fmt: skip
+    one = exchange_of(page, Layout(2, seq=4), 4, 64, "seq", "keys")
+    assert (one.sent_bytes, one.times, one.hidden) == (73_728, 18, True)
+
+
+def test_what_forms_of_attention_send(config):
+    """Ring and gathered keys alike, all-to-all (K - 1) / K · (4 Q + 2 B): ``docs/context.md``."""
+    layout, heads, seq = Layout(seq=4), 8, 64
+    dots = dataclasses.replace(config, remat="dots", flatten_tokens=False)
+    forms = {
+        form: exchange_of(
+            dataclasses.replace(dots, attention=form), layout, 1, seq, "seq", what
+        ).sent_bytes
+        for form, what in (("ring", "keys"), ("gather", "keys"), ("ulysses", "positions"))
+    }
+    query = seq // 4 * heads * config.head_dim * 4
+    pair = 2 * query * config.num_kv_heads // heads
+    assert forms["ring"] == forms["gather"] == config.num_layers * 3 * 3 * pair
+    assert forms["ulysses"] == config.num_layers * 3 / 4 * (4 * query + 2 * pair)
+
+
+def test_rows_of_experts_are_those_of_the_page():
+    """32,768 bytes of room four times, of which half is kept: ``docs/experts.md``."""
+    page = TransformerConfig(
+        num_layers=2, embed_dim=32, mlp_dim=64, num_experts=8, experts_per_token=2
+    )
+    one = exchange_of(page, Layout(4, expert=2), 16, 32, "expert", "rows")
+    assert one.room_bytes == 2 * 4 * 32_768
+    # Two choices of 2 · 32 tokens, of which half leave the device.
+    assert one.sent_bytes == 2 * 4 * 2 * 64 // 2 * 32 * 4
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved:2", "zero_bubble"])
+def test_stages_wait_as_the_simulator_says(schedule):
+    layout = Layout(stage=4, micro_batches=8, schedule=schedule)
+    ticks = ticks_of(layout)
+    timeline = simulate(schedule_of(schedule), 4, 8, t_f=1.0, t_b=1.5, t_w=1.5, lockstep=True)
+    assert ticks.waiting(8 * 1.0, 8 * 3.0) == pytest.approx(timeline.span - 8 * 4.0)
+
+
+def test_more_micro_batches_wait_less(config):
+    four = dataclasses.replace(config, num_layers=4)
+
+    def bubble(number):
+        layout = Layout(2, stage=4, micro_batches=number)
+        one = predict_step(four, POD, layout, 64, 64, EXACT)
+        return one.bubble_seconds / one.seconds
+
+    assert bubble(4) > bubble(8) > bubble(32) > 0
+    assert predict_step(four, POD, Layout(8), 64, 64, EXACT).bubble_seconds == 0
+
+
+def test_causal_rings_do_half_the_work(config):
+    """All chips' together: half of the scores, and what blocks on the diagonal have beyond it."""
+    ring = dataclasses.replace(config, attention_block=8, flatten_tokens=False)
+    forms = {"ring": "zigzag", "gather": "zigzag", "ulysses": "contiguous"}
+    for attention, order in forms.items():
+        one = dataclasses.replace(ring, attention=attention, seq_order=order)
+        for parts in (2, 4):
+            share = pairs_of(one, Layout(seq=parts), 256) * parts / 256**2
+            assert 0.5 < share <= (2 * parts + 1) / (4 * parts), (attention, parts)
+    assert pairs_of(config, Layout(), 256) == 256**2
+
+
+def test_tables_are_on_every_stage(config):
+    four = dataclasses.replace(config, num_layers=4)
+    whole = {one.path: one for one in shares(four, Layout())}
+    for one in shares(four, Layout(2, model=2, stage=2)):
+        if one.stacked:
+            assert "stage" in one.axes
+        else:
+            assert not one.axes
+            assert one.elements == whole[one.path].elements
+
+
+def test_experts_divide_what_is_theirs(config):
+    mixture = dataclasses.replace(config, num_experts=4)
+    for one in shares(mixture, Layout(2, expert=4)):
+        theirs = one.path.removeprefix("layers/mlp/") in ("gate", "up", "down")
+        assert one.axes == (("expert",) if theirs else ())

@@ -49,13 +49,11 @@ def test_a_model_that_fits_nowhere_says_how_many_bytes_are_missing_and_what_help
         head_dim=128, mlp_dim=14_336, dtype="bfloat16", remat="none",
     )  # fmt: skip
     case = Case(config, parse_topology("v5e:4x4"), 32, 2048, parse_algorithm("exact"))
+    tried = [Layout(1, 2, 8), Layout(1, 4, 4), Layout(1, 16, 1)]
     with pytest.raises(ValueError, match=r"fit on no mesh of v5e:4x4") as info:
-        make_plan(case)
+        make_plan(case, only=tried)
     text = str(info.value)
-    smallest = min(
-        (case.predict(layout) for layout in [Layout(1, 2, 8), Layout(1, 4, 4), Layout(1, 16, 1)]),
-        key=lambda one: one.memory.total,
-    )
+    smallest = min(map(case.predict, tried), key=lambda one: one.memory.total)
     missing = smallest.memory.total - smallest.capacity
     assert f"{missing:,} bytes more" in text
     for word in ("remat='full'", "a batch of", "sequences of 1024 tokens", "more chips"):
@@ -125,6 +123,8 @@ def test_the_command_writes_what_was_asked_for(tmp_path, config, capsys):
         ({"model": "llama9"}, "llama3-8b"),
         ({"model": "llama3-9b"}, "8b, 70b"),
         ({"mesh": ("1x2",)}, "as in 1x64x4"),
+        ({"model": "mixtral-9x9b"}, "8x7b, 8x22b"),
+        ({"schedule": "2f2b"}, "zero_bubble"),
         ({"topology": "v9:4x4"}, "unknown chip"),
     ],
 )

@@ -67,11 +67,12 @@ def run(
 
     def exchange(x: PyTree, pairs: list[tuple[int, int]], any_sends: jax.Array) -> PyTree:
         # The same on every stage: nobody waits for one who does not come.
-        return jax.lax.cond(
-            any_sends,
-            lambda: jax.tree.map(lambda a: jax.lax.ppermute(a, axis, pairs), x),
-            lambda: x,
-        )
+        with jax.named_scope("branch.sends"):
+            return jax.lax.cond(
+                any_sends,
+                lambda: jax.tree.map(lambda a: jax.lax.ppermute(a, axis, pairs), x),
+                lambda: x,
+            )
 
     def tick(carry: tuple[Mail, State], xs: Any) -> tuple[tuple[Mail, State], None]:
         mail, state = carry

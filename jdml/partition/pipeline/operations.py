@@ -142,7 +142,9 @@ class Operations:
             branches.append(self.b)
         if self.split:
             branches.append(self.w)
-        return jax.lax.switch(row.branch, [lambda f=f: f(read, state, row) for f in branches])
+        # Named, so that who reads the compiled program can tell how often each of them runs.
+        with jax.named_scope("branch.stage"):
+            return jax.lax.switch(row.branch, [lambda f=f: f(read, state, row) for f in branches])
 
     def _read(
         self, buffers: list[jax.Array], slot: jax.Array, row: Row, *readers: Kind
