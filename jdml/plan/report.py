@@ -56,7 +56,7 @@ def _ranking(plan: Plan) -> Table:
     pipelined = any(one.layout.stage > 1 for one in best)
     title = "Meshes by predicted time of a step (bounds from below, ms)"
     table = Table(title=f"{title}; pipelines {plan.case.schedule}" if pipelined else title)
-    table.add_column("mesh")
+    table.add_column("mesh", no_wrap=True)
     names = ["step", "products", "memory", "hidden", "exposed", "slow", "GB a chip"]
     if pipelined:
         names = ["micro-batches", *names[:5], "bubble", *names[5:]]
