@@ -1,5 +1,7 @@
 """PowerSGD against a dense reference in NumPy, in its limit cases, and its bytes on the wire."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from jdml.sharding import collectives, make_mesh
 from jdml.train import make_step
 from tests.aggregate.optimiser_references import drawn, low_rank_round
 from tests.train.problems import make_batch, pytree_problem
+
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 K = 4
 
@@ -41,8 +45,9 @@ def first_state(codec, tree):
     )
 
 
-def rounds(mesh, codec, trees, state=None, key=None):
-    """Means and states of one round per tree; leaves have a leading worker dim."""
+@functools.cache
+def compiled_round(mesh, codec, treedef):
+    """One program for all rounds of a codec on trees of one structure."""
 
     def body(tree, state, key):
         tree, residual = jax.tree.map(lambda a: a[0], (tree, state.residual))
@@ -50,12 +55,18 @@ def rounds(mesh, codec, trees, state=None, key=None):
         mean, state = all_reduce_mean(tree, "data", codec, residual=state, key=key)
         return mean, state._replace(residual=jax.tree.map(lambda a: a[None], state.residual))
 
-    state = first_state(codec, trees[0]) if state is None else state
-    specs = jax.tree.map(lambda _: P(), state)
-    specs = specs._replace(residual=jax.tree.map(lambda _: P("data"), state.residual))
-    f = jax.jit(
+    leaves = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    specs = jax.tree.map(lambda _: P(), leaves)
+    specs = specs._replace(residual=jax.tree.map(lambda _: P("data"), leaves.residual))
+    return jax.jit(
         jax.shard_map(body, mesh=mesh, in_specs=(P("data"), specs, P()), out_specs=(P(), specs))
     )
+
+
+def rounds(mesh, codec, trees, state=None, key=None):
+    """Means and states of one round per tree; leaves have a leading worker dim."""
+    state = first_state(codec, trees[0]) if state is None else state
+    f = compiled_round(mesh, codec, jax.tree.structure(state))
     out = []
     for i, tree in enumerate(trees):
         mean, state = f(tree, state, None if key is None else jax.random.fold_in(key, i))
