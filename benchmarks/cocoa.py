@@ -161,7 +161,7 @@ def measure_times(options: Options) -> list[Time]:
     jax.block_until_ready(divided)
     times = []
     for method in (consensus(), giant(), dane()):
-        tolerances = [10.0**-e for e in range(2, 11)]
+        tolerances = [10.0 ** (-e / 4) for e in range(8, 41)]
         compiled = solve(divided, method, tolerances[0], 0, progress=False).compile_seconds
 
         def error(tol: float, method=method) -> float:
