@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOLERANCES = (1e-2, 1e-4, 1e-6)
+TOLERANCES = (1e-4, 1e-6, 1e-8)
 MAX_ROUNDS = 250
 SCHEDULERS = ("threads", "synchronous")
 
