@@ -1,5 +1,7 @@
 """A layer taken apart against ``jax.vjp`` of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,9 @@ def test_gradients_are_those_of_vjp(f, split, arguments):
         assert not for_w
         assert not layer.crossing
         dx, dp = layer.backward(params, key, kept, dy)
-    jax.tree.map(np.testing.assert_array_equal, (out, (dp, dx)), (y, pull(dy)))
+    # Not bit for bit: a product in another program may sum in another order (7e-7 on an AMD EPYC).
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
+    jax.tree.map(close, (out, (dp, dx)), (y, pull(dy)))
 
 
 def test_parameters_and_what_is_made_of_them_are_not_kept(arguments):
