@@ -1,5 +1,6 @@
 """One place decides how many devices the tests simulate and where compiled programs are cached."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -22,6 +23,9 @@ jax.config.update(
     os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Leaves out what LLVM optimises; XLA's own passes stay. Most tests compile many programs and run
+# each for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Linux gives a process 65,530 memory maps unless told otherwise. A compiled program takes three for
@@ -59,18 +63,25 @@ def compiling_for_tpu(request, monkeypatch):
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX looks at the setting once, then remembers
-    yield
+    with compiling_lightly(False):
+        yield
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
-def compiled_lightly():
-    """Leaves out what LLVM optimises, a quarter of the time to compile; XLA's own passes stay.
+def compiled_fully():
+    """As users' programs are: with what LLVM optimises, which takes much longer to compile.
 
-    For tests that compile many programs and run each for milliseconds.
+    For tests that look at what is compiled, or run a program for longer than it takes to compile.
     """
+    with compiling_lightly(False):
+        yield
+
+
+@contextlib.contextmanager
+def compiling_lightly(lightly: bool):
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", lightly)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

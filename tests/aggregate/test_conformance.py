@@ -14,8 +14,6 @@ from jdml.train import Checkpointer, make_step
 from tests.aggregate.methods import METHODS
 from tests.train.problems import BATCH, make_batch, pytree_problem
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 MESHES = {
     "one worker": {"data": 1, "model": 2},
     "data": {"data": 4},

@@ -16,8 +16,6 @@ from jdml.communicate.codecs import int4, int8
 from jdml.sharding import bytes_per_axis, collectives, make_mesh
 from jdml.train import Checkpointer, make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 INPUT, HIDDEN, CLASSES, BATCH = 8, 16, 3, 16
 LOCAL, DISTIL, PARTS, RATE = 2, 3, 2, 0.1
 

@@ -13,8 +13,6 @@ from jdml.sharding import bytes_per_axis, collectives, make_mesh
 from jdml.train import Checkpointer, make_step
 from tests.train.problems import make_batch, pytree_problem
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 K = 4
 FEEDBACK = error_feedback(int8(16))
 ON_MODEL = {"data": K, "model": 2}

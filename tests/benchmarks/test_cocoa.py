@@ -3,12 +3,10 @@
 import json
 
 import jax
-import pytest
 
 from benchmarks import cocoa
 
 
-@pytest.mark.usefixtures("compiled_lightly")
 def test_rounds_and_times(monkeypatch):
     monkeypatch.setattr(cocoa, "WORKERS", (1, 4))
     monkeypatch.setattr(cocoa, "LOSSES", {"logistic": cocoa.LOSSES["logistic"]})

@@ -9,7 +9,7 @@ from jdml.models import TransformerConfig
 
 
 @pytest.mark.slow
-def test_times_one_device_and_pipelines(monkeypatch, compiled_lightly):
+def test_times_one_device_and_pipelines(monkeypatch):
     cases = {name: pipeline.CASES[name] for name in ("interleaved, 2 chunks",)}
     monkeypatch.setattr(pipeline, "CASES", cases)
     config = TransformerConfig(

@@ -8,7 +8,6 @@ import pytest
 from benchmarks import sdca
 
 
-@pytest.mark.usefixtures("compiled_lightly")
 @pytest.mark.parametrize("non_zeros", [None, 5], ids=["dense", "sparse"])
 def test_both_reach_the_gap(non_zeros, monkeypatch):
     monkeypatch.setitem(sdca.CASES, "tiny", sdca.Case(200, 8, non_zeros, 0.1))

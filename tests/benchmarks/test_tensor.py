@@ -9,7 +9,7 @@ from jdml.models import TransformerConfig
 
 
 @pytest.mark.slow
-def test_times_one_device_and_divided_layers(monkeypatch, compiled_lightly):
+def test_times_one_device_and_divided_layers(monkeypatch):
     monkeypatch.setattr(tensor, "CASES", {"tensor": tensor.CASES["tensor"]})
     config = TransformerConfig(
         vocab_size=16, num_layers=3, embed_dim=8, num_heads=2, num_kv_heads=2, head_dim=8,

@@ -34,7 +34,6 @@ def compiled_for_cpu() -> list[str]:
 
 
 # What LLVM makes of a program changes nothing in what it sends.
-@pytest.mark.usefixtures("compiled_lightly")
 @pytest.mark.parametrize("name", compiled_for_cpu())
 def test_the_program_for_cpu_sends_what_the_formula_says(name):
     row = formula(name, SIDE)

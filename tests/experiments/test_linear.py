@@ -17,8 +17,6 @@ from jdml.optimize import newton_cholesky, solve
 from jdml.optimize.base import known_methods
 from jdml.partition import choose_partition
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 def few(data):
     """80 samples."""

@@ -28,7 +28,6 @@ TINY = TransformerConfig(
     vocab_size=24, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=20,
     max_seq_len=64,
 )  # fmt: skip
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 RULES = presets.expert_parallel(presets.tensor())
 DROPLESS = {"num_experts": 4, "shared_experts": 1}

@@ -91,7 +91,7 @@ def test_what_is_not_finite_is_seen(bad):
     assert np.all(np.isnan(of_zeros[0])) if bad != bad else np.all(of_zeros[0] == 0)
 
 
-def test_a_decoder_in_fp8_beside_one_in_float32(make, tokens, compiled_lightly):
+def test_a_decoder_in_fp8_beside_one_in_float32(make, tokens):
     """Emulated: gradients point where float32's do; refused where it would gain nothing."""
     found = {}
     for matmul in ("dtype", "fp8_emulated"):

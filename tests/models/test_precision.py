@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 
 from jdml.aggregate import mean_gradients
 from jdml.models import Transformer, TransformerConfig, next_token_loss
 from jdml.sharding import collectives, make_mesh, presets
 from jdml.train import make_step
-
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 CONFIG = TransformerConfig(
     vocab_size=40, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=24,

@@ -16,7 +16,7 @@ from jdml.sharding import make_mesh, no_mesh, presets, shardings, specs, use_rul
 
 
 @pytest.mark.parametrize("remat", ["offload_dots", "offload_full"])
-def test_offloaded_gradients_are_those_of_what_stays(make, tokens, remat, compiled_lightly):
+def test_offloaded_gradients_are_those_of_what_stays(make, tokens, remat):
     """Bit for bit: on CPU both memories are one."""
 
     def gradients(name):

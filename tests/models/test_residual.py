@@ -11,7 +11,7 @@ from flax import nnx
 
 from jdml.models.residual import Moments, ResNet, ResNetConfig, resnet
 
-pytestmark = pytest.mark.usefixtures("one_device", "compiled_lightly")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 BASIC = ResNetConfig(depths=(1, 1), width=4, channels=2, num_classes=3, num_groups=2)
 BOTTLENECK = dataclasses.replace(BASIC, block="bottleneck", norm="batch")

@@ -28,8 +28,6 @@ from jdml.sharding import (
     use_rules,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 LAYERS, BATCH, SEQ, EMBED, VOCAB = 3, 4, 24, 16, 96
 LLAMA = TransformerConfig(
     vocab_size=VOCAB, num_layers=LAYERS, embed_dim=EMBED, num_heads=8, num_kv_heads=4, head_dim=6,

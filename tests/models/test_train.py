@@ -15,8 +15,6 @@ from jdml.models.vision_transformer import VisionTransformer, VisionTransformerC
 from jdml.sharding import init, make_mesh, presets, specs
 from jdml.train import make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 GPT2 = TransformerConfig(
     vocab_size=16, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
     mlp_dim=32, max_seq_len=16, norm="layer", positions="learned", mlp="gelu", bias=True,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jdml.models.vision_transformer import VisionTransformer, VisionTransformerConfig, vit
 
-pytestmark = pytest.mark.usefixtures("one_device", "compiled_lightly")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 TINY = VisionTransformerConfig(
     image_size=6, patch_size=2, channels=2, num_layers=2, embed_dim=12, num_heads=3, mlp_dim=10,

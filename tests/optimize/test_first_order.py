@@ -26,8 +26,6 @@ from jdml.optimize import (
     solve,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 N, D = 60, 12
 RANDOM = np.random.default_rng(0)
 # Curvatures of (1/n) X'X from 1 down to 1e-3, so that L = 2 and mu = 2e-3 for squared loss.

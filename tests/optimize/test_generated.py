@@ -12,8 +12,6 @@ from benchmarks.objectives import LOSSES, TARGETS, dense_rows, methods_of, run, 
 from benchmarks.references import cases, reference
 from jdml.models.linear import Weights
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 @functools.cache
 def cases_of(kind):

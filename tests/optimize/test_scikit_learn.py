@@ -39,8 +39,6 @@ from jdml.optimize import (
     solve,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 LAM = 0.01
 
 

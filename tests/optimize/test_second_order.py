@@ -22,8 +22,6 @@ from jdml.models.linear import (
 )
 from jdml.optimize import lbfgs, newton_cg, newton_cholesky, solve
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 N, D = 80, 6
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((N, D)) * np.geomspace(1, 0.1, D)

@@ -8,8 +8,6 @@ from jdml.models.linear import LinearProblem, l2, logistic, poisson
 from jdml.optimize import Method, accelerated, gradient_descent, methods_for, solve
 from jdml.optimize.base import known_methods
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((30, 3))
 Y = np.where(X[:, 0] + RANDOM.standard_normal(30) > 0, 1, -1)

@@ -33,8 +33,6 @@ from jdml.optimize import (
     svrg,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 N, D = 200, 5
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((N, D))

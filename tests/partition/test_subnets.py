@@ -16,7 +16,6 @@ NAMES = {
     "w0": ("input", "first"), "b0": ("first",), "w1": ("first", "second"),
     "w2": ("second", "output"), "b2": ("output",), "scale": (),
 }  # fmt: skip
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 WORKERS, STEPS, BATCH, RATE = 4, 3, 8, 1e-3
 

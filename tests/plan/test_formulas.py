@@ -28,7 +28,7 @@ LAYOUTS = {"exact": Layout(2, 2, 2), "int8": Layout(4, 2, 1)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def both(request, config, compiled_lightly):
+def both(request, config):
     """``(algorithm, layout, compiled)`` on eight simulated devices."""
     layout, algorithm = LAYOUTS[request.param], parse_algorithm(request.param)
     mesh = make_mesh(layout.sizes)

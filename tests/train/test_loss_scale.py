@@ -13,8 +13,6 @@ from jdml.sharding import make_mesh
 from jdml.train import Checkpointer, dynamic_loss_scale, make_step
 from jdml.train.loss_scale import check_outermost
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 K, WIDTH = 2, 8
 
 

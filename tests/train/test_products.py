@@ -24,8 +24,6 @@ from jdml.partition.pipeline import one_f_one_b, pipeline, zero_bubble
 from jdml.sharding import make_mesh, presets, shard, specs
 from jdml.train import make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 AXES = ("data", "fsdp", "stage", "expert", "seq", "model")
 RULES = presets.expert_parallel(presets.fsdp_tensor().replace(seq="seq"))
 CONFIG = TransformerConfig(

@@ -16,8 +16,6 @@ from jdml.sharding import collectives, constrain, make_mesh
 from jdml.train import make_step
 from tests.train.problems import BATCH, PROBLEMS, Problem, make_batch, pytree_problem
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 MESHES = {
     "data": {"data": 8},
     "data×model": {"data": 4, "model": 2},

@@ -20,8 +20,6 @@ CHAINS = {
     "local": lambda: optax.chain(optax.adam(1e-2), average_params("data", every=2)),
 }
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 def build(mesh, chain, zero, accumulate=1):
     problem = pytree_problem(mesh)

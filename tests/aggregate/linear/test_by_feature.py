@@ -27,7 +27,6 @@ from jdml.partition import coordinate_blocks, safe_damping, separability
 from jdml.sharding import bytes_per_axis, collectives
 from tests.aggregate.linear.problems import data, least, mesh_of, problem_of
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 METHODS = [feature_cocoa(), jacobi(), gauss_seidel(), sharing()]
 
 

@@ -13,8 +13,6 @@ from jdml.optimize import newton_cholesky, solve
 from jdml.sharding import bytes_per_axis, collectives
 from tests.aggregate.linear.problems import LAM, data, least, mesh_of, problem_of
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 @pytest.mark.parametrize(
     ("case", "method", "num"),

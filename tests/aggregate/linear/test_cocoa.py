@@ -27,7 +27,6 @@ from jdml.optimize import newton_cholesky, sdca, solve
 from jdml.optimize.dual.gap import dual_to_primal, duality_gap
 from jdml.sharding import bytes_per_axis, collectives, make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 LAM = 0.01
 
 

@@ -22,7 +22,6 @@ from jdml.models.linear import LinearProblem, divide, l2, logistic, shard_proble
 from jdml.optimize import lbfgs, newton_cg, newton_cholesky, solve
 from jdml.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 LAM = 0.1
 WORKERS = (1, 2, 4, 8)
 

@@ -17,8 +17,6 @@ from jdml.train import make_step
 from tests.aggregate.optimiser_references import drawn, low_rank_round
 from tests.train.problems import make_batch, pytree_problem
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 K = 4
 
 

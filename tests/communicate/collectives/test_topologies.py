@@ -12,8 +12,6 @@ from jdml.communicate.codecs import int4, int8, power_sgd, top_k
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES
 from jdml.sharding import collectives, make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 CODECS = {
     "int8": int8(16),
     "stochastic": int4(8, rounding="stochastic"),

@@ -27,8 +27,6 @@ from jdml.communicate.topology import (
 )
 from jdml.sharding import collectives, make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 GRAPHS = {
     "ring": ring(8),
     "torus": torus(2, 4),

@@ -13,7 +13,7 @@ from jdml.models.attention.gathered import Gathered
 from jdml.models.attention.ulysses import Ulysses
 from tests.models.attention.passes import with_gradients
 
-pytestmark = pytest.mark.usefixtures("one_device", "compiled_lightly")
+pytestmark = pytest.mark.usefixtures("one_device")
 SIZES = (2, 6, 2, 24, 8)  # batch, heads, kv_heads, seq, head_dim
 
 

@@ -23,8 +23,6 @@ from jdml.sharding import (
 )
 from tests.models.attention.passes import with_gradients
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 SIZES = (2, 8, 2, 32, 4)  # batch, heads, kv_heads, seq, head_dim
 RULES = Rules(batch="data", heads="model", kv_heads="model", seq="seq")
 BLOCK = 2

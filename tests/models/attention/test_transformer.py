@@ -18,8 +18,6 @@ from jdml.models.attention import zigzag
 from jdml.sharding import bytes_per_axis, collectives, make_mesh, no_mesh, presets, shard, specs
 from jdml.train import make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 CONFIG = TransformerConfig(
     vocab_size=24, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=6,
     mlp_dim=20, max_seq_len=64, flatten_tokens=False,

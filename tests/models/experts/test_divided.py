@@ -23,8 +23,6 @@ from tests.models.experts.problem import (
     operands,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 RULES = presets.expert_parallel(presets.tensor())
 
 

@@ -26,7 +26,7 @@ from tests.models.experts.problem import (
     operands,
 )
 
-pytestmark = pytest.mark.usefixtures("one_device", "compiled_lightly")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from jdml.optimize import newton_cg, newton_cholesky, proximal, solve
 from jdml.partition import balanced_features, stratified
 from jdml.sharding import bytes_per_axis, collectives, make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 N, D = 61, 10
 
 

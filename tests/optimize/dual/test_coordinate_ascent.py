@@ -23,8 +23,6 @@ from jdml.optimize import solve
 from jdml.optimize.dual import cyclic_dual_ascent, local_sdca, sdca
 from jdml.optimize.dual.ascent import samples_of
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 LOSSES = [squared(), logistic(), hinge(), squared_hinge(), smoothed_hinge(0.5)]
 SMOOTH = [loss for loss in LOSSES if loss.name != "hinge"]
 N, D = 60, 7

@@ -21,8 +21,6 @@ from jdml.optimize.dual import dual_newton, sdca, sdna
 from jdml.optimize.dual.ascent import samples_of
 from jdml.optimize.dual.sdna import maximise_block
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 LOSSES = [squared(), logistic(), hinge(), squared_hinge(), smoothed_hinge(0.5)]
 N, D = 60, 7
 

@@ -13,8 +13,6 @@ from jdml.sharding import collectives, make_mesh, shard
 from jdml.train import make_step
 from tests.partition.pipeline.model import block, close, first, last, make_batch, make_params
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 PLAIN = {"in": P(), "out": P(), "layers": {"up": P(), "down": P()}}
 TENSOR = {
     "in": P(),

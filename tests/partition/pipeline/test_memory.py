@@ -7,7 +7,7 @@ import pytest
 from jdml.partition.pipeline import gpipe, one_f_one_b, pipeline, zero_bubble
 from tests.partition.pipeline.model import block, first, last, make_params, mesh_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_lightly")]
+pytestmark = pytest.mark.slow
 
 ROWS = 4096
 """Samples of a micro-batch: activations dwarf parameters."""

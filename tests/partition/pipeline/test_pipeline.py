@@ -17,8 +17,6 @@ from tests.partition.pipeline.model import (
     mesh_of,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 CASES = {
     # stages, schedule, micro-batches, layers (or layers of each part), remat
     "gpipe-2": (2, gpipe(), 4, 4, False),

@@ -15,8 +15,6 @@ from jdml.partition.pipeline import one_f_one_b, pipeline, zero_bubble
 from jdml.sharding import no_mesh
 from tests.partition.pipeline.model import close, mesh_of
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 @pytest.mark.parametrize(
     ("schedule", "changes"),

@@ -19,7 +19,6 @@ def problem(rows):
     return LinearProblem(rows, Y, logistic(), l2(0.01), intercept=True)
 
 
-@pytest.mark.usefixtures("compiled_lightly")
 def test_newtons_method_with_its_gram_matrices():
     rows = StreamedRows(ArrayStream(X, Y, chunk_rows=70))
     streamed, whole = (
@@ -31,7 +30,6 @@ def test_newtons_method_with_its_gram_matrices():
     np.testing.assert_allclose(streamed.params.w, whole.params.w, atol=1e-4)
 
 
-@pytest.mark.usefixtures("compiled_lightly")
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("loss", [logistic(), multinomial(3)], ids=lambda loss: loss.name)
 def test_a_product_with_the_hessian_is_one_pass(sparse, loss):
@@ -50,7 +48,6 @@ def test_a_product_with_the_hessian_is_one_pass(sparse, loss):
     assert rows.num_passes == 1
 
 
-@pytest.mark.usefixtures("compiled_lightly")
 def test_newtons_method_by_conjugate_gradients():
     rows = StreamedRows(ArrayStream(X, Y, chunk_rows=70))
     streamed, whole = (solve(problem(x), newton_cg(), tol=1e-4, progress=False) for x in (rows, X))

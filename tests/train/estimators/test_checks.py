@@ -19,8 +19,6 @@ from jdml.train.estimators import (
     Ridge,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 @parametrize_with_checks([Ridge(), Lasso(alpha=0.1), LogisticRegression(), LinearSVC()])
 def test_scikit_learns_checks(estimator, check):

@@ -21,8 +21,6 @@ from jdml.train.estimators import (
     Ridge,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 @pytest.fixture(scope="module")
 def wine():

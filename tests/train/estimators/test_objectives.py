@@ -12,8 +12,6 @@ from sklearn.exceptions import ConvergenceWarning
 
 from jdml.train import estimators
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 
 @functools.cache
 def data(name, scaled=True):
