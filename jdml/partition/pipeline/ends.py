@@ -106,15 +106,22 @@ def summed(
 
 
 def _on_shards(f: Callable[[jax.Array], jax.Array], x: jax.Array, spec: P, mesh: Mesh) -> jax.Array:
-    """``f`` of what each device stores of a leaf, every axis manual.
+    """``f`` of what each device stores of a leaf, with all axes manual that divide it.
 
-    Left automatic, the other axes would have the partitioner put the leaf together first.
+    Left automatic, they would have the partitioner put the leaf together first.
     """
     held = manual_axes()
-    if held.issuperset(mesh.axis_names):
+    named = {axis for entry in spec for axis in axes_of(entry) if mesh.shape[axis] > 1}
+    free = [axis for axis in mesh.axis_names if axis in named - held]
+    nested = [*(axis for axis in mesh.axis_names if axis in held), *free]
+    # Of regions whose axes are not in the mesh's order, libtpu's compiler ends the process.
+    if not free or nested != sorted(nested, key=mesh.axis_names.index):
         return f(x)
-    within, free = without(spec, held), set(mesh.axis_names) - held
-    return jax.shard_map(f, in_specs=within, out_specs=within, axis_names=free, check_vma=False)(x)
+    within = without(spec, frozenset(mesh.axis_names) - frozenset(free))
+    region = jax.shard_map(
+        f, in_specs=within, out_specs=within, axis_names=set(free), check_vma=False
+    )
+    return region(x)
 
 
 def _trimmed(spec: P) -> list[Any]:

@@ -205,7 +205,9 @@ class Pipeline:
 
         On the wire, per device and step, of n bytes of them: an all-gather in their own dtype and,
         in the place of the gradients' all-reduce, a reduce-scatter in f32, ``(S-1)/S n`` each: what
-        the all-reduce would take, where they are f32.
+        the all-reduce would take, where they are f32. Of a leaf that another axis divides too, n
+        is what a device stores if the mesh names the stage axis before that one; else the leaf is
+        put together over that axis first.
 
         Args:
           params: The parameters, plain or arranged, or their shapes and dtypes.

@@ -37,27 +37,29 @@ def make_params():
     }
 
 
+def branches(others, i):
+    return jax.lax.cond(
+        i[0] > 0, lambda: others["table"][i[:1]], lambda: others["head"].T[i[0]][None]
+    )
+
+
+def loop(others, i):
+    narrow = others["table"].astype(jnp.bfloat16)
+    return jax.lax.scan(lambda total, j: (total + narrow[j[None]], None), narrow[:1], i)
+
+
 def test_tables_are_found():
     params, x = make_params(), jnp.ones((4, WIDTH))
     del params["layers"]
     batch = {"words": jnp.arange(4)}
-    names = lambda f, *arguments: {  # noqa: E731
-        list(params)[i] for i in tables(f, params, *arguments)
-    }
+
+    def names(f, *arguments):
+        return {list(params)[i] for i in tables(f, params, *arguments)}
+
     assert names(first, batch, None) == {"table"}
     assert names(last, x, batch, None) == {"head"}
-    branches = (
-        lambda others, i: jax.lax.cond(  # noqa: E731
-            i[0] > 0, lambda: others["table"][i[:1]], lambda: others["head"].T[i[0]][None]
-        )
-    )
     assert names(branches, batch["words"]) == {"table", "head"}
-    looped = lambda others, i: jax.lax.scan(  # noqa: E731
-        lambda total, j: (total + others["table"].astype(jnp.bfloat16)[j[None]].sum(), None),
-        jnp.zeros((), jnp.bfloat16),
-        i,
-    )
-    assert names(jax.jit(jax.checkpoint(looped)), batch["words"]) == {"table"}
+    assert names(jax.jit(jax.checkpoint(loop)), batch["words"]) == {"table"}
     assert not names(lambda others, i: others["table"][0] + others["scale"], batch["words"])
 
 
