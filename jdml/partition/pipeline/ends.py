@@ -29,7 +29,8 @@ def divided_ends(others: PyTree, specs: PyTree, mesh: Mesh, axis: str) -> Ends:
 
     Leaves that have no such dim, or the axis already, are left out.
     """
-    num_stages, ends = mesh.shape[axis], {}
+    num_stages = mesh.shape[axis]
+    ends: dict[str, P] = {}
     found = zip(leaves_with_paths(others), broadcast_specs(specs, others), strict=True)
     for (path, x), spec in found:
         shape = shape_of(x)

@@ -59,9 +59,11 @@ def pipeline(
     Parameters are a dict whose entry ``stack`` has the blocks', stacked along dim 0, laid out by
     :meth:`Pipeline.arrange`; the other entries are given to ``first`` and ``last``, and may be used
     by both (a tied table). These are on every stage, though used on the ends alone, unless
-    :meth:`Pipeline.divide_ends` gives each stage a slice. ``x`` may be any pytree of float arrays;
-    an auxiliary loss can travel in it. Keys differ by micro-batch and layer and do not depend on
-    the cut: the numbers are those of :meth:`Pipeline.reference`, one device's, to rounding.
+    :meth:`Pipeline.divide_ends` gives each stage a slice; one that they read by rows is whole on
+    every device within a step where the mesh leaves two axes automatic
+    (:mod:`jdml.partition.pipeline.rows`). ``x`` may be any pytree of float arrays; an auxiliary
+    loss can travel in it. Keys differ by micro-batch and layer and do not depend on the cut: the
+    numbers are those of :meth:`Pipeline.reference`, one device's, to rounding.
 
     Kept between F and B is what ``jax.vjp`` of a block keeps (wrap it in ``jax.checkpoint`` to keep
     less) for as many micro-batches as the schedule says; ``first`` and the final part are computed
