@@ -99,16 +99,15 @@ def train(mesh, algorithm, changes):
     model = model_of(tuple(sorted(changes.items())))
     params = start("num_experts" in changes)
     graphdef, loss_fn = nnx.graphdef(model), None
-    # XLA's partitioner ends the process where a stage reads a table whose words are divided and two
-    # more axes are automatic.
-    rules = RULES.replace(vocab=None) if mesh.shape["stage"] > 1 else RULES
-    layout = nnx.to_pure_dict(specs(model, mesh, rules))
+    layout = nnx.to_pure_dict(specs(model, mesh, RULES))
     restore = lambda params: params  # noqa: E731
     if mesh.shape["stage"] > 1:
         schedule = one_f_one_b() if mesh.shape["data"] > 1 else zero_bubble()
         pipe = pipeline(
             *pipeline_parts(model), mesh, num_layers=2, micro_batches=2, schedule=schedule
         )
+        if mesh.shape["model"] == 1:  # else no dim of a table is free
+            pipe = pipe.divide_ends(params, layout)
         loss_fn, params, restore = pipe, pipe.arrange(params), pipe.restore
         layout = pipe.specs(layout)
     placed = shard(params, mesh, layout)
@@ -117,7 +116,7 @@ def train(mesh, algorithm, changes):
         ALGORITHMS[algorithm](),
         mesh,
         specs=layout,
-        rules=rules,
+        rules=RULES,
         batch_axes=("fsdp", "expert"),
     )
     state, losses = init(placed, 0), []

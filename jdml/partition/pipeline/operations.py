@@ -17,6 +17,7 @@ from jdml.partition.pipeline.parts import (
     replaced,
     used_leaves,
 )
+from jdml.partition.pipeline.rows import put_together, tables
 from jdml.partition.pipeline.schedule import Kind
 from jdml.partition.pipeline.timetable import BRANCHES, COLUMNS, Timetable
 
@@ -100,6 +101,9 @@ class Operations:
         # Gradients only of what each part uses: an untied table takes no part in the head.
         self.used_by_first = used_leaves(parts.first, others, batch, self.keys.first(0))
         self.used_by_last = used_leaves(parts.last, others, self.x, batch, self.keys.last(0))
+        read = tables(parts.first, others, batch, self.keys.first(0))
+        read |= tables(parts.last, others, self.x, batch, self.keys.last(0))
+        self.local = local._replace(others=put_together(others, read))
 
     def batch(self, micro_batch: Any) -> PyTree:
         return take(self.local.batches, micro_batch)
