@@ -5,14 +5,16 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdml.models import Transformer, TransformerConfig, pipeline_parts
+from jdml.models import Transformer, TransformerConfig, pipeline_parts, training_loss
 from jdml.models.transformer import remat as remat_module
 from jdml.sharding import make_mesh, no_mesh, presets, shardings, specs, use_rules
+from jdml.train import make_step
 
 
 @pytest.mark.parametrize("remat", ["offload_dots", "offload_full"])
@@ -87,3 +89,45 @@ def test_memory_of_a_device_on_tpu():
     assert none == 0
     assert host >= layers * stream
     assert left <= stays - (layers - 3) * stream
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not installed")
+def test_a_training_steps_products_on_the_host_on_tpu():
+    """``make_step``, which maps over workers, under FSDP: products leave the device, too."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh, rules = make_mesh({"data": 2, "fsdp": 4}, devices=devices), presets.fsdp()
+    layers, batch, seq, embed = 8, 1024, 128, 512
+
+    def memory(remat):
+        config = TransformerConfig(
+            vocab_size=256, num_layers=layers, embed_dim=embed, num_heads=2, num_kv_heads=2,
+            head_dim=128, mlp_dim=512, dtype="bfloat16", remat=remat,
+        )  # fmt: skip
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(model)
+
+        def loss_fn(params, batch, key):
+            del key
+            return training_loss(nnx.merge(graphdef, params), batch, batch)
+
+        init, step = make_step(
+            loss_fn,
+            optax.sgd(1e-3),
+            mesh,
+            specs=specs(params, mesh, rules),
+            rules=rules,
+            batch_axes=("fsdp",),
+        )
+        tokens = jax.ShapeDtypeStruct(
+            (2 * batch, seq), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp")))
+        )
+        found = step.lower(init.abstract(params), tokens).compile().memory_analysis()
+        return found.temp_size_in_bytes, found.host_temp_size_in_bytes
+
+    stays, none = memory("dots")
+    left, host = memory("offload_dots")
+    assert none == 0
+    print(stays, left, host)

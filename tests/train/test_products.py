@@ -51,18 +51,20 @@ GATHER = {"attention": "gather"}
 PRODUCTS = [
     ({"data": 8}, "int8", {}),
     ({"fsdp": 8}, "exact", {}),
-    ({"data": 2, "fsdp": 2, "model": 2}, "int8", {}),
     ({"data": 4, "model": 2}, "DiLoCo", {}),
-    ({"data": 2, "seq": 2, "model": 2}, "gossip", RING),
-    ({"fsdp": 2, "seq": 2, "model": 2}, "exact", ULYSSES),
-    ({"data": 2, "fsdp": 2, "seq": 2}, "int8", GATHER),
-    ({"data": 2, "expert": 2, "model": 2}, "int8", EXPERTS),
-    ({"data": 2, "fsdp": 2, "expert": 2}, "DiLoCo", EXPERTS),
+    ({"data": 2, "fsdp": 2, "model": 2}, "gossip", {}),
+    ({"data": 2, "seq": 2, "model": 2}, "int8", RING),
+    ({"data": 4, "seq": 2}, "gossip", RING),
+    ({"data": 2, "fsdp": 2, "seq": 2}, "int8", ULYSSES),
+    ({"data": 2, "expert": 2, "seq": 2}, "DiLoCo", EXPERTS | GATHER),
     ({"expert": 2, "seq": 2, "model": 2}, "exact", EXPERTS | RING),
+    ({"data": 2, "fsdp": 2, "expert": 2}, "gossip", EXPERTS),
+    ({"data": 2, "expert": 2, "model": 2}, "int8", EXPERTS),
     ({"data": 2, "stage": 2, "model": 2}, "int8", {}),
-    ({"data": 4, "stage": 2}, "gossip", {}),
-    ({"stage": 2, "fsdp": 2, "model": 2}, "exact", {}),
     ({"data": 2, "stage": 2, "fsdp": 2}, "DiLoCo", {}),
+    ({"data": 2, "stage": 2, "seq": 2}, "gossip", ULYSSES),
+    ({"data": 2, "stage": 2, "expert": 2}, "int8", EXPERTS),
+    ({"stage": 2, "seq": 2, "model": 2}, "exact", GATHER),
 ]
 
 
