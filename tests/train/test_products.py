@@ -163,3 +163,10 @@ def test_a_product_ends_where_plain_workers_end(shape, algorithm, changes):
     part = distance(found, wanted) / distance(wanted, start(experts))
     assert part < (0.02 if algorithm == "int8" else 2e-5)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-3 if algorithm == "int8" else 1e-5)
+
+
+def test_a_ring_within_a_stage_is_refused():
+    """Its permutations would be of stages that do something else, too."""
+    mesh = make_mesh({axis: {"data": 2, "stage": 2, "seq": 2}.get(axis, 1) for axis in AXES})
+    with pytest.raises(ValueError, match=r"permutes over mesh axis .'seq',. .*attention='gather'"):
+        train(mesh, "gossip", RING)
