@@ -90,7 +90,7 @@ def test_a_checkpoint_comes_back_to_the_hosts_memory(tmp_path):
 
 
 def test_refused(monkeypatch):
-    with pytest.raises(ValueError, match="expected one of .'device', 'pinned_host'"):
+    with pytest.raises(ValueError, match=r"expected one of .'device', 'pinned_host'"):
         build("host")
     monkeypatch.setattr(host, "memory_kinds", lambda mesh: frozenset({"device"}))
     with pytest.raises(ValueError, match=r"\['device'\], and no 'pinned_host'. Use .*'device'"):
