@@ -14,6 +14,7 @@ from jdml.partition.pipeline.parts import (
     Parts,
     added,
     check_block,
+    check_exchanges,
     replaced,
     used_leaves,
 )
@@ -93,6 +94,10 @@ class Operations:
         layer = jax.tree.map(lambda a: a[0, 0], local.layers)
         extras = (batch, self.keys.layer(0, 0))
         check_block(self.x, jax.eval_shape(parts.block, layer, self.x, *extras))
+        if timetable.columns["branch"].shape[1] > 1:
+            check_exchanges(parts.first, others, batch, self.keys.first(0))
+            check_exchanges(parts.block, layer, self.x, *extras)
+            check_exchanges(parts.last, others, self.x, batch, self.keys.last(0))
         self.layer: Layer | None = None
         if backward:
             self.layer = make_layer(
