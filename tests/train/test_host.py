@@ -18,8 +18,6 @@ from jdml.sharding import make_mesh
 from jdml.train import Checkpointer, host, make_step
 from tests.train.problems import make_batch, pytree_problem
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 CHAINS = {
     "int8": lambda: optax.chain(mean_gradients("data", error_feedback(int8(16))), optax.adam(1e-2)),
     "local": lambda: optax.chain(optax.adam(1e-2), average_params("data", every=2)),

@@ -21,8 +21,6 @@ from tests.partition.pipeline.model import (
     mesh_of,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 SPECS = {
     "in": P(None, "model"),
     "out": P(),

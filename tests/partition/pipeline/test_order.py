@@ -18,8 +18,6 @@ from jdml.partition.pipeline import (
 from jdml.partition.pipeline.schedule import needs
 from tests.partition.pipeline.model import mesh_of
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 NUM_STAGES, MICRO_BATCHES = 4, 8
 events = []
 """``(stage, kind, micro-batch, part)``, appended to by the running program."""

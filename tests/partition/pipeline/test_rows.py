@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,7 +62,6 @@ def test_tables_are_found():
     assert not names(lambda others, i: others["table"][0] + others["scale"], batch["words"])
 
 
-@pytest.mark.usefixtures("compiled_lightly")
 def test_divided_tables_beside_two_axes():
     """XLA's partitioner would end the process: it does where the tables are not put together."""
     mesh = mesh_of(stage=2, fsdp=2, model=2)
