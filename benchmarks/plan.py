@@ -61,6 +61,7 @@ SMALL = {
     "fsdp": _case(_SMALL, "v5e:4x4", Layout(4, 4, 1), 32, 512),
     "fsdp-tensor": _case(_SMALL, "v5e:4x4", Layout(2, 2, 4), 16, 1024),
     "v5p": _case(_SMALL, "v5p:2x2x4", Layout(1, 4, 4), 16, 1024),
+    "fsdp-torus": _case(_SMALL, "v5e:4x4", Layout(1, 16, 1), 16, 1024),
     "slices-int8": _case(_SMALL, "2*v5e:4x4", Layout(2, 4, 4), 32, 1024, "int8"),
     "slices-exact": _case(_SMALL, "2*v5e:4x4", Layout(2, 16, 1), 32, 1024),
     "diloco": _case(_SMALL, "v6e:4x4", Layout(4, 4, 1), 32, 1024, "diloco:100"),
