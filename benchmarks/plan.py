@@ -73,12 +73,18 @@ SMALL = {
 """Small models, divided over data × fsdp × model."""
 
 _FOUR = dataclasses.replace(_SMALL, num_layers=4, max_seq_len=65_536)
+_GATHER = dataclasses.replace(
+    _FOUR, attention="gather", seq_order="zigzag", flatten_tokens=False
+)
+_ULYSSES = dataclasses.replace(_FOUR, attention="ulysses", flatten_tokens=False)
 _EXPERTS = dataclasses.replace(_FOUR, num_experts=8, experts_per_token=2, mlp_dim=1536)
 
 FURTHER = {
     "stages": _case(_FOUR, "v5e:4x4", Layout(4, stage=4, micro_batches=8), 64, 1024),
     "stages-fsdp": _case(_FOUR, "v5e:4x4", Layout(fsdp=4, stage=4, micro_batches=8), 64, 1024),
     "ring": _case(_FOUR, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
+    "gather": _case(_GATHER, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
+    "ulysses": _case(_ULYSSES, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
     "experts": _case(_EXPERTS, "v5e:4x4", Layout(fsdp=4, expert=4), 32, 1024),
 }
 """Small models, with stages, divided sequences and experts."""

@@ -1,10 +1,12 @@
 """The compiler asked again; needs libtpu, no TPU."""
 
+import dataclasses
 import importlib.util
 
 import pytest
 
 from benchmarks.plan import CASES, entry_of, read_record
+from jdml.plan import Layout, parse_topology
 from jdml.plan.largest import largest
 from jdml.plan.report import sent_by_axis
 
@@ -12,6 +14,24 @@ pytestmark = [
     pytest.mark.tpu_compile,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not installed"),
 ]
+
+
+def test_more_copies_cost_a_chip_nothing():
+    """The same load for each chip on 16 and 256: as many bytes, and about as long to compile."""
+    small, _ = CASES["fsdp-tensor"]
+    found = []
+    for shape, copies in (("4x4", 2), ("16x16", 32)):
+        topology = parse_topology(f"v5e:{shape}")
+        case = dataclasses.replace(small, topology=topology, batch=8 * copies, seq=512)
+        layout = Layout(copies, 4, 2)
+        found.append(entry_of(case.compile(layout)))
+        rows = found[-1]["collectives"]
+        for one in largest(rows, case.config, layout, case.batch, case.seq).values():
+            assert one.layers <= 1, one
+    few, many = (sum(entry["memory"].values()) for entry in found)
+    assert many < 1.02 * few
+    assert found[1]["flops"] == found[0]["flops"]
+    assert found[1]["compile_seconds"] < 3 * found[0]["compile_seconds"] + 10
 
 
 @pytest.mark.parametrize("name", ["dots-tensor", "slices-int8", "fsdp-torus"])
@@ -30,9 +50,8 @@ def test_the_compiler_says_what_the_record_says(name):
         assert sent == pytest.approx(entry["sent_by_axis"][axis], rel=0.05), axis
     share = 4 * case.config.num_params / (layout.fsdp * layout.model)
     assert entry["memory"]["parameters"] == pytest.approx(share, rel=0.001)
-    if layout.data == 1:  # gradients among workers are exchanged all layers at once
-        found = largest(entry["collectives"], case.config, layout, case.batch, case.seq)
-        assert all(one.layers <= 1 for one in found.values()), found
+    found = largest(entry["collectives"], case.config, layout, case.batch, case.seq)
+    assert all(one.layers <= 1 for one in found.values()), found
     slow = [row for row in entry["collectives"] if row["slow"]]
     assert bool(slow) == (case.topology.num_slices > 1)
     assert all(row["axes"] == ["data"] for row in slow)
