@@ -111,6 +111,7 @@ def entry_of(found: Compiled) -> dict[str, Any]:
         "collectives": compiled_traffic(found),
         "sent_by_axis": compiled_by_axis(found),
         "compile_seconds": round(found.seconds, 1),
+        "compile_cpu_seconds": round(found.cpu_seconds, 1),
     }
 
 
@@ -172,6 +173,7 @@ def table_of_scale(record: dict[str, Any]) -> Table:
         "of activations, MB",
         "/ a layer's",
         "compiled, s",
+        "of a processor",
     ):
         table.add_column(name, justify="right")
     for name, (case, layout) in SCALE.items():
@@ -201,6 +203,7 @@ def table_of_scale(record: dict[str, Any]) -> Table:
             f"{case.topology.chip.memory / 1e9:.1f}",
             *cells,
             f"{entry['compile_seconds']:.0f}",
+            f"{entry['compile_cpu_seconds']:.0f}" if "compile_cpu_seconds" in entry else "",
         )
     return table
 

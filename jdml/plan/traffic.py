@@ -7,8 +7,9 @@ formula to them). With b samples of s tokens on a chip and a compute dtype of w 
   pass; those of attention, whose backward pass wants them in two layouts, twice more. Embedding and
   head: ``tables.py``; with a small vocabulary they are gathered once in all.
 - Gradients return by a reduce-scatter; where ``fsdp`` covers more than one dim of a two-dimensional
-  torus, by an all-reduce of which each chip keeps its share: twice the bytes. Where ``model``
-  divides a layer too, its reduce-scatter goes around a ring beside the product, with one turn more.
+  torus, by an all-reduce of which each chip keeps its share: twice the bytes; of a layer, on up to
+  ``LARGEST_RING`` chips, around a ring beside the product, with two turns more. Where ``model``
+  divides a layer too, its reduce-scatter goes around a ring, with one turn more.
 - With ``model`` a layer adds up ``b s embed w`` bytes twice forward and twice backward, once more
   where the block is computed again; so does the embedding once, and the head its gradient with
   respect to what it multiplied, in f32.
@@ -97,8 +98,10 @@ def _weights(
         wide = 4 if share.path.startswith("head") else width
         scattered = scatters or (share.stacked and size <= LARGEST_RING)
         sent = all_reduced(size, wide * share.elements * size) * (0.5 if scattered else 1)
-        if share.stacked and scattered and "model" in share.axes and size > 2:
-            sent *= size / (size - 1)  # around a ring, beside the product, with one turn more
+        if share.stacked and scattered and size > 2:
+            # Around a ring, beside the product, with one turn more; or around one of two dims, two.
+            turns = 0 if scatters and "model" not in share.axes else 1 if scatters else 2
+            sent *= (size - 1 + turns) / (size - 1)
         returned += sent
     return [
         Exchange("weights of the layers", "fsdp", gathered, True, 2 * config.num_layers),

@@ -69,9 +69,8 @@ def test_published_shapes_exchange_no_more_than_a_layer_at_once(name):
 def test_more_copies_of_the_model_cost_a_chip_nothing():
     """The same load for each chip on 64, 256 and 1,024: no more bytes, as long to compile."""
     names = ["llama3-8b-64", "llama3-8b-256", "llama3-8b-1024"]
-    entries = [RECORD[name] for name in names if name in RECORD]
+    entries = [RECORD[name] for name in names]
     sizes = [sum(entry["memory"].values()) for entry in entries]
-    assert len(sizes) > 1
     assert max(sizes) < 1.02 * sizes[0]
-    seconds = [entry["compile_seconds"] for entry in entries]
-    assert max(seconds) < 3 * min(seconds)  # on a machine that others used as well
+    seconds = [entry["compile_cpu_seconds"] for entry in entries]
+    assert max(seconds) < 1.5 * min(seconds)

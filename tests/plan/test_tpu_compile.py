@@ -31,7 +31,7 @@ def test_more_copies_cost_a_chip_nothing():
     few, many = (sum(entry["memory"].values()) for entry in found)
     assert many < 1.02 * few
     assert found[1]["flops"] == found[0]["flops"]
-    assert found[1]["compile_seconds"] < 3 * found[0]["compile_seconds"] + 10
+    assert found[1]["compile_cpu_seconds"] < 2 * found[0]["compile_cpu_seconds"]
 
 
 @pytest.mark.parametrize("name", ["dots-tensor", "slices-int8", "fsdp-torus"])
