@@ -73,9 +73,7 @@ SMALL = {
 """Small models, divided over data × fsdp × model."""
 
 _FOUR = dataclasses.replace(_SMALL, num_layers=4, max_seq_len=65_536)
-_GATHER = dataclasses.replace(
-    _FOUR, attention="gather", seq_order="zigzag", flatten_tokens=False
-)
+_GATHER = dataclasses.replace(_FOUR, attention="gather", seq_order="zigzag", flatten_tokens=False)
 _ULYSSES = dataclasses.replace(_FOUR, attention="ulysses", flatten_tokens=False)
 _EXPERTS = dataclasses.replace(_FOUR, num_experts=8, experts_per_token=2, mlp_dim=1536)
 
