@@ -68,6 +68,7 @@ def main(options: Options) -> None:
     except ImportError:
         sys.exit("PyTorch is not installed: make bench-peers BENCHMARKS=transformer")
     torch.set_num_threads(options.threads)
+    console = console_of_tables()
     table = Table(title="training step on one CPU device")
     for column in ("model", "dtype", "layers", "PyTorch, s", "jdml, s", "tokens/s, jdml / PyTorch"):
         table.add_column(column)
@@ -77,6 +78,7 @@ def main(options: Options) -> None:
         tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (batch, seq + 1))
         weights = draw_weights(shape)
         for dtype in options.dtypes:
+            print(f"{name}, {dtype} …", file=sys.stderr)
             peer = torch_step(shape, weights, tokens, dtype)
             ours = {
                 how: jdml_step(shape, weights, tokens, dtype, unroll=how == "unrolled")
@@ -100,7 +102,6 @@ def main(options: Options) -> None:
                     *(f"{row[key]:.3f}" for key in ("torch_seconds", "jdml_seconds")),
                     f"{row['ratio']:.2f}",
                 )
-    console = console_of_tables()
     console.print(table)
     console.print(f"{machine('jax', 'torch')}; {options.threads} threads each")
     if options.json:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jdml.aggregate.linear.divided import divided_refusal
-from jdml.aggregate.linear.local_newton import minimise, own_problem
+from jdml.aggregate.linear.local_newton import Curvature, minimise, no_curvature, own_problem
 from jdml.optimize.base import Method, Params, stationarity
 
 
@@ -21,12 +21,14 @@ class ConsensusState(NamedTuple):
       x: ``[K, p]``, each worker's own.
       dual: ``[K, p]``, scaled: u.
       rho: The penalty as it stands.
+      curvature: ``[K, p, p]``, each worker's own Hessian, and whether it serves, ``[K]``.
     """
 
     z: Params
     x: jax.Array
     dual: jax.Array
     rho: jax.Array
+    curvature: Curvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +66,23 @@ class Consensus(Method):
         else:
             rho = jnp.asarray(self.rho)
         zeros = jnp.zeros((num, flat.size), flat.dtype)
-        return ConsensusState(params, zeros + flat, zeros, rho.astype(flat.dtype))
+        curvature = jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), no_curvature(flat))
+        return ConsensusState(params, zeros + flat, zeros, rho.astype(flat.dtype), curvature)
 
     def step(self, problem, state):
         rows = problem.rows
         num = max(rows.grid)
         flat, unravel = ravel_pytree(state.z)
 
-        def alone(block, y, weight, x, dual, flat, rho, penalty):
+        def alone(block, y, weight, x, dual, curvature, flat, rho, penalty):
             own = own_problem(problem, block, y, weight, penalty)
-            rho_all = jnp.full_like(flat, rho)
-            return minimise(own, x, unravel, -rho * (flat - dual), rho_all, self.accuracy)
+            linear, quadratic = -rho * (flat - dual), jnp.full_like(flat, rho)
+            return minimise(own, x, unravel, linear, quadratic, self.accuracy, curvature)
 
-        x = rows.each(
+        samples = rows.parts(problem.y), rows.parts(problem.sample_weight)
+        x, curvature = rows.each(
             alone,
-            (rows.parts(problem.y), rows.parts(problem.sample_weight), state.x, state.dual),
+            (*samples, state.x, state.dual, state.curvature),
             (flat, state.rho, problem.penalty),
         )
         relaxed = self.over_relaxation * x + (1 - self.over_relaxation) * flat
@@ -96,7 +100,7 @@ class Consensus(Method):
             tiny = 100 * jnp.finfo(rho.dtype).eps * (1 + jnp.linalg.norm(new)) * math.sqrt(num)
             factor = jnp.where(primal > tiny, factor, 1.0).astype(rho.dtype)
             rho, dual = rho * factor, dual / factor
-        return ConsensusState(z, x, dual, rho)
+        return ConsensusState(z, x, dual, rho, curvature)
 
     def measure(self, problem, state):
         value, gradient = problem.loss_and_gradient(state.z)
@@ -117,7 +121,8 @@ def consensus(
 
     ``x̂_k = a x_k + (1 - a) z``, ``u_k <- u_k + x̂_k - z``; f_k is the mean loss of the worker's
     samples, weighted so that the mean of all f_k is the problem's. The local problem is solved by
-    Newton's method from where the worker stands, which takes a step or two. ``consensus_admm`` is
+    Newton's method from where the worker stands, which takes a step or two, mostly by a Hessian of
+    an earlier round. ``consensus_admm`` is
     the same with a few steps of any optimiser, for any model.
 
     Args:
@@ -129,7 +134,7 @@ def consensus(
 
     For differentiable losses and any penalty or constraint, with an intercept or without, on rows
     divided by sample. Certificate: ``|∇P(z)|``, or the prox-gradient norm, which costs a pass.
-    State: p parameters, and 2 p on each worker.
+    State: p parameters, and ``2 p + p²`` on each worker.
 
     Bytes a worker sends per round: an all-reduce of p elements, ``2 (K-1)/K · p`` times their size,
     and one of a scalar if adaptive. A certificate adds p elements and a few scalars.

@@ -10,6 +10,20 @@ from jdml.optimize.base import Problem
 
 MOST_STEPS = 30
 HALVINGS = 30
+KEPT_IF = 0.1
+"""A step must leave this share of the gradient's norm, for its Hessian to serve the next one."""
+
+
+class Curvature(NamedTuple):
+    """The Hessian of a worker's loss where it was last computed.
+
+    Attributes:
+      matrix: ``[p, p]``, without what is added to the loss.
+      serves: Whether the next step may take it, bool.
+    """
+
+    matrix: jax.Array
+    serves: jax.Array
 
 
 class _At(NamedTuple):
@@ -19,6 +33,7 @@ class _At(NamedTuple):
     margins: jax.Array
     value: jax.Array
     gradient: jax.Array
+    curvature: Curvature
     num_steps: jax.Array
 
 
@@ -35,6 +50,12 @@ def own_problem(
     return problem.replace(rows=block, y=y, sample_weight=weight, penalty=penalty)  # type: ignore[attr-defined]
 
 
+def no_curvature(like: jax.Array) -> Curvature:
+    """Of parameters ``like``, before any Hessian was computed."""
+    matrix = jnp.zeros((like.size, like.size), like.dtype)
+    return Curvature(matrix, jnp.zeros((), jnp.bool_))
+
+
 def minimise(
     own: Problem,
     start: jax.Array,
@@ -42,12 +63,15 @@ def minimise(
     linear: jax.Array,
     quadratic: jax.Array,
     accuracy: float,
-) -> jax.Array:
-    """``argmin_x f_k(x) + linearᵀ x + Σ_j quadratic_j x_j² / 2``, ``[p]``; nothing travels.
+    curvature: Curvature,
+) -> tuple[jax.Array, Curvature]:
+    """``argmin_x f_k(x) + linearᵀ x + Σ_j quadratic_j x_j² / 2``; nothing travels.
 
     Newton's method with Cholesky and backtracking, until the gradient's norm is ``accuracy`` of
     what it was at the start (or rounding ends it): with starts that get better from round to round
-    the error falls with them.
+    the error falls with them. A Hessian is the work of p/2 gradients; it is computed again when the
+    last step by it left more than a tenth of the gradient (Shamanskii's method, where m is chosen
+    by what a step gained).
 
     Args:
       own: ``own_problem``.
@@ -56,33 +80,58 @@ def minimise(
       linear: ``[p]``.
       quadratic: ``[p]``, >= 0, and above 0 where the loss alone is not strictly convex.
       accuracy: In (0, 1).
+      curvature: What an earlier call left, or ``no_curvature``.
+
+    Returns:
+      The minimum, ``[p]``, and a curvature for the next call.
     """
     eps = jnp.finfo(start.dtype).eps
 
     def value_at(x: jax.Array, margins: jax.Array) -> jax.Array:
         return own.loss_at(margins) + jnp.vdot(linear, x) + jnp.vdot(quadratic * x, x) / 2
 
-    def at(x: jax.Array, margins: jax.Array, num_steps: jax.Array) -> _At:
+    def gradient_at(x: jax.Array, margins: jax.Array) -> jax.Array:
         pulled, _ = ravel_pytree(own.pull(own.slopes(margins)))
-        return _At(x, margins, value_at(x, margins), pulled + linear + quadratic * x, num_steps)
+        return pulled + linear + quadratic * x
 
     def step(here: _At) -> _At:
-        matrix = own.hessian(here.margins) + jnp.diag(quadratic)
-        factor = jax.scipy.linalg.cho_factor(matrix)
+        matrix = jax.lax.cond(
+            here.curvature.serves,
+            lambda: here.curvature.matrix,
+            lambda: own.hessian(here.margins).astype(start.dtype),
+        )
+        factor = jax.scipy.linalg.cho_factor(matrix + jnp.diag(quadratic))
         direction = -jax.scipy.linalg.cho_solve(factor, here.gradient)
         moved, slope = own.margins(unravel(direction)), jnp.vdot(direction, here.gradient)
         slack = 8 * eps * jnp.abs(here.value)
 
-        def too_far(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-            t, halvings = carry
-            value = value_at(here.x + t * direction, here.margins + t * moved)
+        def along(t: jax.Array) -> jax.Array:
+            return value_at(here.x + t * direction, here.margins + t * moved)
+
+        def too_far(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            t, value, halvings = carry
             return ~(value <= here.value + 1e-4 * t * slope + slack) & (halvings < HALVINGS)
 
-        first = jnp.ones((), start.dtype), jnp.zeros((), jnp.int32)
-        t, _ = jax.lax.while_loop(too_far, lambda c: (c[0] / 2, c[1] + 1), first)
-        return at(here.x + t * direction, here.margins + t * moved, here.num_steps + 1)
+        whole = jnp.ones((), start.dtype)
+        t, value, _ = jax.lax.while_loop(
+            too_far,
+            lambda c: (c[0] / 2, along(c[0] / 2), c[2] + 1),
+            (whole, along(whole), jnp.zeros((), jnp.int32)),
+        )
+        x, margins = here.x + t * direction, here.margins + t * moved
+        gradient = gradient_at(x, margins)
+        serves = jnp.linalg.norm(gradient) <= KEPT_IF * jnp.linalg.norm(here.gradient)
+        return _At(x, margins, value, gradient, Curvature(matrix, serves), here.num_steps + 1)
 
-    first = at(start, own.margins(unravel(start)), jnp.zeros((), jnp.int32))
+    margins = own.margins(unravel(start))
+    first = _At(
+        start,
+        margins,
+        value_at(start, margins),
+        gradient_at(start, margins),
+        curvature,
+        jnp.zeros((), jnp.int32),
+    )
     enough = accuracy * jnp.linalg.norm(first.gradient)
     floor = 4 * eps * (jnp.linalg.norm(linear) + jnp.linalg.norm(quadratic * start))
 
@@ -90,7 +139,8 @@ def minimise(
         size = jnp.linalg.norm(here.gradient)
         return (size > jnp.maximum(enough, floor)) & (here.num_steps < MOST_STEPS)
 
-    return jax.lax.while_loop(unfinished, step, first).x
+    found = jax.lax.while_loop(unfinished, step, first)
+    return found.x, found.curvature
 
 
 def on_weights(problem: Problem, strength: jax.Array | float) -> jax.Array:

@@ -9,7 +9,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jdml.aggregate.linear.divided import divided_refusal
-from jdml.aggregate.linear.local_newton import minimise, on_weights, own_problem
+from jdml.aggregate.linear.local_newton import (
+    minimise,
+    no_curvature,
+    on_weights,
+    own_problem,
+)
 from jdml.optimize.base import Method, dot, norm, smooth_refusal
 from jdml.optimize.first_order.majorise import point
 from jdml.optimize.second_order.descent import at, backtrack
@@ -84,7 +89,8 @@ class DANE(MeanDirection):
         # h_k = f_k + R; its gradient at the start is exchanged for η times that of all.
         whole = quadratic + self.mu
         linear = self.eta * gradient - slope - whole * here
-        return minimise(own, here, unravel, linear, whole, self.accuracy) - here
+        first = no_curvature(here)
+        return minimise(own, here, unravel, linear, whole, self.accuracy, first)[0] - here
 
 
 def giant() -> GIANT:
