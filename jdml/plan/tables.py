@@ -11,6 +11,9 @@ from jdml.plan.layout import Layout
 from jdml.plan.work import SMALL_VOCABULARY
 
 LOSS_CHUNK = 128
+LARGEST_SCATTERED = 64 * 2**20
+"""Bytes of a piece's gradient up to which TPU's compiler leaves a reduce-scatter one; of 37 MB it
+did (v5e, v5p), of 175 MB and more not."""
 
 
 def num_chunks(config: TransformerConfig, seq: int) -> int:
@@ -30,10 +33,12 @@ def num_pieces(config: TransformerConfig, layout: Layout, seq: int) -> int | Non
     return math.ceil(config.embed_dim * config.vocab_size / config.num_layer_params)
 
 
-def head_sent(config: TransformerConfig, layout: Layout) -> float:
-    """Bytes along ``fsdp``: each piece gathered forward and backward, its gradient scattered."""
+def head_sent(config: TransformerConfig, layout: Layout, pieces: int) -> float:
+    """Bytes along ``fsdp``: each piece gathered forward and backward, its gradient scattered, or,
+    of a large piece, all-reduced."""
     head = config.embed_dim * config.vocab_size / layout.model
-    return (layout.fsdp - 1) / layout.fsdp * (2 * config.compute_dtype.itemsize + 4) * head
+    times = 1 if 4 * head / pieces <= LARGEST_SCATTERED else 2
+    return (layout.fsdp - 1) / layout.fsdp * (2 * config.compute_dtype.itemsize + 4 * times) * head
 
 
 def rows_sent(config: TransformerConfig, layout: Layout, tokens: int) -> float:

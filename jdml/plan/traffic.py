@@ -118,7 +118,7 @@ def _tables(
     found = []
     pieces, travel = num_pieces(config, layout, seq), rows_travel(config, layout)
     if pieces:
-        sent = head_sent(config, layout)
+        sent = head_sent(config, layout, pieces)
         found.append(Exchange("head, a piece at a time", "fsdp", sent, False, 3 * pieces))
     if travel:
         tokens = batch // layout.samples * (seq // layout.seq)

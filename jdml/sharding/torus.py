@@ -1,9 +1,8 @@
 """Sums of which each device keeps its part, over an axis that lies on two dims of a torus.
 
 TPU's compiler makes an all-reduce, of twice the bytes and with the whole sum on every chip, of a
-reduce-scatter over an axis that covers two dims, of v5e's and v6e's torus or of v5p's three (libtpu
-0.0.50; no option of its compiler that was tried changes that). Along one dim at a time it is what
-it is called:
+reduce-scatter over an axis that covers both dims of a slice of v5e or v6e (libtpu 0.0.50; no option
+of its compiler that was tried changes that). Along one dim at a time it is what it is called:
 ``(a − 1)/a + (b − 1)/(a b)`` of the array sent over ``a × b`` chips, which is ``(n − 1)/n``.
 """
 
@@ -37,7 +36,7 @@ def sum_scattered(x: jax.Array, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
 
 
 def plane_of(mesh: Mesh, axis: str) -> np.ndarray | None:
-    """Positions along the axis as rows and columns of two dims of a torus, if it covers two.
+    """Positions along the axis as rows and columns of a torus of two dims, if it covers both.
 
     Args:
       mesh: of devices with coordinates, as TPUs have; None of others.
@@ -48,9 +47,9 @@ def plane_of(mesh: Mesh, axis: str) -> np.ndarray | None:
         return None
     lines = np.moveaxis(coords, mesh.axis_names.index(axis), -2)
     lines = lines.reshape(-1, *lines.shape[-2:])
-    used = np.flatnonzero(np.ptp(lines, axis=1).any(axis=0))
+    used = [dim for dim in range(lines.shape[-1]) if np.ptp(lines[..., dim]) > 0]
     if len(used) != 2:
-        return None
+        return None  # one line of chips; or a torus of three dims, where the compiler needs no help
     found = [_rows(line[:, used]) for line in lines]
     if any(rows is None or not np.array_equal(rows, found[0]) for rows in found):
         return None
@@ -58,7 +57,7 @@ def plane_of(mesh: Mesh, axis: str) -> np.ndarray | None:
 
 
 def _rows(places: np.ndarray) -> np.ndarray | None:
-    """Indices of ``places`` [n, 2] as [rows, columns], if they fill a rectangle."""
+    """Indices of ``places`` [n, 2] as [rows, columns], if they fill a rectangle of two dims."""
     ranks = [np.unique(column, return_inverse=True) for column in places.T]
     shape = tuple(len(values) for values, _ in ranks)
     if min(shape) < 2 or np.prod(shape) != len(places):

@@ -40,14 +40,6 @@ def test_planes(sizes, shape):
         np.testing.assert_array_equal(rows, np.arange(sizes["fsdp"]).reshape(shape))
 
 
-def test_planes_of_three_dims():
-    """As ``fsdp`` lies on a slice of v5p whose third dim another axis has."""
-    places = [(a, b, c) for b in range(4) for c in range(4) for a in range(2)]
-    rows = torus.plane_of(mesh_of(places, {"fsdp": 16, "model": 2}), "fsdp")
-    np.testing.assert_array_equal(rows, np.arange(16).reshape(4, 4))
-    assert torus.plane_of(mesh_of(places, {"fsdp": 32}), "fsdp") is None
-
-
 def test_a_way_around_a_plane():
     found = torus.plane_of(mesh_of([(0, 0), (0, 1), (1, 1), (1, 0)], {"fsdp": 4}), "fsdp")
     np.testing.assert_array_equal(found, RING)
