@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jdml.models import Transformer, TransformerConfig, next_token_loss
+from jdml.models import Transformer, TransformerConfig, next_token_loss, pipeline_parts
+from jdml.partition.pipeline import pipeline
 from jdml.sharding import collectives, make_mesh, no_mesh, presets, shard, specs, use_rules
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
@@ -90,3 +91,34 @@ def test_no_exchange_is_larger_than_a_layer(compiled):
         if c.loops == (3,) and c.whole_bytes > layer // 2:
             pieces[c.kind] += c.count
     assert pieces == {"all-gather": 2 * 3, "reduce-scatter": 3}
+
+
+@pytest.mark.slow
+def test_on_the_stages_of_a_pipeline():
+    """In branches that one stage alone takes: numbers of the plain loss."""
+    mesh = make_mesh({"stage": 2, "fsdp": 2, "model": 2})
+    rules = presets.fsdp_tensor(data=None).replace(vocab=None)
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    with no_mesh():
+        graphdef, state = decoder(config)
+        pipe = pipeline(
+            *pipeline_parts(nnx.merge(graphdef, state)), mesh, num_layers=2, micro_batches=2
+        )
+    params = nnx.to_pure_dict(state)
+    placed = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
+        pipe.arrange(params),
+        pipe.specs(nnx.to_pure_dict(specs(state, mesh, rules))),
+    )
+    tokens = jax.random.randint(jax.random.key(1), (4, 130), 0, VOCAB)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    with use_rules(mesh, rules):
+        program = jax.jit(jax.value_and_grad(lambda p: pipe(p, batch)[0])).lower(placed).compile()
+    assert 3 in {n for c in collectives(program, mesh) if c.axes == ("fsdp",) for n in c.loops}
+    loss, found = program(placed)
+    with no_mesh():
+        plain = jax.jit(jax.value_and_grad(lambda p: pipe.reference(p, batch)[0]))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+        *jax.device_get(((loss, pipe.restore(found)), plain)),
+    )
