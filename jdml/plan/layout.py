@@ -29,8 +29,7 @@ class Layout:
       fsdp: Parts of each copy and of its worker's samples; gathered layer by layer.
       model: Parts of each layer's heads, hidden units and words (tensor parallelism).
       stage: Parts of the stack of layers (a pipeline). Its tables' words are then not divided over
-        ``model``: XLA's partitioner ends the process where a stage reads a table so divided and two
-        more axes are automatic.
+        ``model``.
       seq: Parts of every sequence (context parallelism).
       expert: Parts of a mixture's experts and of its worker's samples.
       micro_batches: Of a pipeline, in a step.

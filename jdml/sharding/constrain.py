@@ -136,6 +136,18 @@ def manual_axes() -> frozenset[str]:
     )
 
 
+def automatic_axes() -> tuple[str, ...]:
+    """Axes longer than 1 that a surrounding ``shard_map`` leaves automatic; ``()`` outside one."""
+    if not manual_axes():
+        return ()
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(
+        name
+        for (name, size), kind in zip(mesh.shape.items(), mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size > 1
+    )
+
+
 def without(spec: P, hidden: frozenset[str]) -> P:
     """The spec with these axes left out."""
     if not hidden:

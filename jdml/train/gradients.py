@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jdml.sharding.fit import axes_of
+from jdml.sharding.fit import axes_of, num_parts
 from jdml.train.validate import Axis, check_loss
 
 PyTree = Any
@@ -129,6 +129,10 @@ def over_workers(
         found = gradients(params, model_state, batch, key[0], scale)
         return jax.tree.map(lambda x: x[None], found)
 
+    if num_parts(axis, mesh) == 1:
+        # JAX lowers no region for one device, and XLA then aborts on regions inside it whose axes
+        # are not in the mesh's order.
+        return on_worker
     # Unchecked: types that vary over the workers would have to be declared in every loop of the
     # user's loss, and nothing in it is exchanged over this axis.
     return jax.shard_map(

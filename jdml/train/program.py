@@ -17,6 +17,7 @@ from jdml.sharding import Rules, optimizer_specs, use_rules, zero_specs
 from jdml.sharding.fit import axes_of, num_parts
 from jdml.sharding.paths import leaves_with_paths
 from jdml.train.gradients import Mapping, Metrics, gradients_of, over_workers
+from jdml.train.host import Memory, fetch, placed_in, send_back
 from jdml.train.loss_scale import check_outermost, loss_scale_of
 from jdml.train.state import TrainState, WorkerRegion, find_storage, stack_shapes, strong
 from jdml.train.unused import UPDATE_SCOPE
@@ -31,7 +32,7 @@ class StepProgram:
     """What ``make_step`` was given, and the functions that are traced from it.
 
     ``flags`` (True for a leaf with a worker dim) and ``param_specs`` are known once :meth:`plan`
-    has run, and so are ``divided_specs``, which ``zero`` makes of them.
+    has run, and so are ``divided_specs``, which ``zero`` makes of them, and ``opt_shardings``.
     """
 
     loss_fn: Callable[..., tuple[jax.Array, Any]]
@@ -45,9 +46,11 @@ class StepProgram:
     accumulate: int
     model_state: Literal["mean", "local"] | None
     mapping: Mapping
+    optimizer_memory: Memory = "device"
     flags: TrainState | None = dataclasses.field(default=None, init=False)
     param_specs: PyTree = dataclasses.field(default=None, init=False)
     divided_specs: PyTree = dataclasses.field(default=None, init=False)
+    opt_shardings: PyTree = dataclasses.field(default=None, init=False)
     scales_loss: bool = dataclasses.field(default=False, init=False)
     _storage: Any = dataclasses.field(default=None, init=False, repr=False)
 
@@ -131,7 +134,12 @@ class StepProgram:
                 leaves, spec_leaves(state_specs), jax.tree.leaves(self.flags), strict=True
             )
         ]
-        return jax.tree.unflatten(treedef, placed)
+        state = jax.tree.unflatten(treedef, placed)
+        state = state._replace(
+            opt_state=placed_in(self.optimizer_memory, state.opt_state, opt_state)
+        )
+        self.opt_shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
+        return state
 
     # Traced functions
 
@@ -187,10 +195,11 @@ class StepProgram:
         )
         loss = jnp.mean(losses, axis=0)
         everywhere = jax.tree.map(lambda _: True, gradients)
+        fetched = fetch(state.opt_state, self.opt_shardings)
         with jax.named_scope(UPDATE_SCOPE):
             params, opt_state = self.region.run(
                 self.update,
-                (gradients, state.params, state.opt_state, loss, update_key),
+                (gradients, state.params, fetched, loss, update_key),
                 (everywhere, flags.params, flags.opt_state, False, False),
                 (flags.params, flags.opt_state),
             )
@@ -204,8 +213,10 @@ class StepProgram:
                 lambda new, old: jnp.where(taken, new, old), model_state, state.model_state
             )
         metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
+        metrics |= _metrics_of(opt_state)
+        opt_state = send_back(opt_state, self.opt_shardings)
         state = TrainState(state.step + 1, params, opt_state, strong(model_state), state.key)
-        return state, {"loss": loss, **metrics, **_metrics_of(opt_state)}
+        return state, {"loss": loss, **metrics}
 
     def update(
         self, gradients: PyTree, params: PyTree, opt_state: PyTree, loss: jax.Array, key: jax.Array

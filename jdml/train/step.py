@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jdml.sharding import Rules
 from jdml.train.gradients import Mapping, Metrics, default_mapping
+from jdml.train.host import Memory, check_memory, constrain_on_device
 from jdml.train.loss_scale import check_float16
 from jdml.train.program import StepProgram, Zero
 from jdml.train.state import TrainState
@@ -43,6 +44,7 @@ def make_step(
     rules: Rules | None = None,
     batch_axes: Sequence[str] = (),
     zero: Zero = 0,
+    optimizer_memory: Memory = "device",
     accumulate: int = 1,
     model_state: Literal["mean", "local"] | None = None,
     mapping: Mapping | None = None,
@@ -83,6 +85,10 @@ def make_step(
         Rajbhandari et al. 2020). Gradients are summed exactly inside a worker, whose devices tell
         other workers their slices: the numbers are those of 0, but that a codec's blocks are of
         slices then.
+      optimizer_memory: Where the state of ``tx`` is between steps: ``"pinned_host"`` keeps all but
+        its scalars in the memory of each device's host. A device then sends the share that it has
+        of it both ways over its link to the host in every step: with Adam 8 bytes each way for each
+        parameter of its share, 4 for momentum (Ren et al. 2021, but updated on the device).
       accumulate: Number of micro-batches whose gradients each worker averages before ``tx``.
       model_state: For models that update state without gradients: ``"mean"`` averages it over the
         workers after every step, ``"local"`` keeps each worker's own.
@@ -100,15 +106,16 @@ def make_step(
       shardings without making it (to restore into); ``step.lower(state, batch)`` is ``jax.jit``'s.
 
     Raises:
-      ValueError: before anything is compiled: an axis that the mesh lacks, specs that use the
-          worker axis, parameters that are not floating, a batch that the workers do not divide or
-        that does not hold ``steps_per_call`` batches.
+      ValueError: before anything is compiled: an axis that the mesh lacks, a memory that its
+        devices do not reach, specs that use the worker axis, parameters that are not floating, a
+        batch that the workers do not divide or that does not hold ``steps_per_call`` batches.
 
     Warns:
       UserWarning: at the first step, of a mesh axis longer than 1 along which nothing is divided.
     """
     check_arguments(mesh, workers, batch_axes, accumulate, model_state, mapping, zero)
     check_steps_per_call(steps_per_call)
+    check_memory(optimizer_memory, mesh)
     axis = workers if isinstance(workers, str) or len(workers) > 1 else workers[0]
     program = StepProgram(
         loss_fn,
@@ -122,6 +129,7 @@ def make_step(
         accumulate,
         model_state,
         mapping or getattr(loss_fn, "mapping", None) or default_mapping(mesh, axis),
+        optimizer_memory,
     )
     step = TrainStep(program, steps_per_call, compiler_options)
     return Step(Init(program, step), step)
@@ -224,7 +232,7 @@ class TrainStep:
             def one(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
                 state, metrics = self._program.step(state, batch)
                 # As between calls: else the partitioner would choose where the state lives.
-                return jax.lax.with_sharding_constraint(state, shardings), metrics
+                return constrain_on_device(state, shardings), metrics
 
             return jax.lax.scan(one, state, batches)
 

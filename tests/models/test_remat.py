@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jdml.models import Transformer, TransformerConfig, pipeline_parts
 from jdml.models.transformer import remat as remat_module
 from jdml.sharding import make_mesh, no_mesh, presets, shardings, specs, use_rules
+from jdml.train import make_step
 
 
 @pytest.mark.parametrize("remat", ["offload_dots", "offload_full"])
@@ -87,3 +89,40 @@ def test_memory_of_a_device_on_tpu():
     assert none == 0
     assert host >= layers * stream
     assert left <= stays - (layers - 3) * stream
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not installed")
+def test_a_training_steps_products_on_the_host_on_tpu():
+    """``make_step``, which maps over workers, under FSDP: products leave the device, too."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh, rules = make_mesh({"data": 2, "fsdp": 2}, devices=devices), presets.fsdp()
+    layers, batch, seq, embed, mlp = 4, 64, 128, 256, 512
+    config = TransformerConfig(
+        vocab_size=256, num_layers=layers, embed_dim=embed, num_heads=2, num_kv_heads=2,
+        head_dim=128, mlp_dim=mlp, dtype="bfloat16", remat="offload_dots",
+    )  # fmt: skip
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+    def loss_fn(params, batch, key):
+        del key
+        hidden = nnx.merge(graphdef, params).hidden(batch)
+        return jnp.mean(hidden.astype(jnp.float32) ** 2), {}
+
+    init, step = make_step(
+        loss_fn,
+        optax.sgd(1e-3),
+        mesh,
+        specs=specs(params, mesh, rules),
+        rules=rules,
+        batch_axes=("fsdp",),
+    )
+    tokens = jax.ShapeDtypeStruct(
+        (batch, seq), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp")))
+    )
+    found = step.lower(init.abstract(params), tokens).compile().memory_analysis()
+    # Queries, keys and values, what the MLP makes of x: bfloat16, of each layer.
+    kept = batch // 4 * seq * (3 * embed + mlp) * 2
+    assert found.host_temp_size_in_bytes >= layers * kept, (found.host_temp_size_in_bytes, kept)

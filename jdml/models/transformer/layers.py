@@ -15,6 +15,7 @@ from jdml.models.lookup import divided_axes, exchanged_rows
 from jdml.models.transformer.config import Matmul, TransformerConfig
 from jdml.models.transformer.fp8 import check_backend, fp8_matmul
 from jdml.sharding import constrain
+from jdml.sharding.constrain import automatic_axes
 
 
 def param(value: jax.Array, names: tuple[str | None, ...]) -> nnx.Param:
@@ -140,7 +141,10 @@ class Embed(nnx.Module):
             return exchanged_rows(self.embedding[...], tokens, dtype, axes)
         # Laid out as activations are: rows taken from a table whose ``embed`` dim is divided over
         # an axis of the batch would be exchanged over every axis of the batch.
-        table = constrain(self.embedding[...].astype(dtype), "vocab", "embed")
+        # Its rows whole where XLA's partitioner would end the process: in a region that is manual
+        # over one axis and leaves two.
+        rows = "vocab" if len(automatic_axes()) < 2 else None
+        table = constrain(self.embedding[...].astype(dtype), rows, "embed")
         return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
 

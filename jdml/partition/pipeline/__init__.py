@@ -2,7 +2,8 @@
 
 ``schedule`` and ``schedules`` say in which order stages work; ``timetable`` makes ticks and slots
 of it; ``layer`` takes a layer's backward pass apart; ``execute`` is the compiled program and
-``pipeline`` its face; ``simulate`` and ``draw`` show what a schedule costs.
+``pipeline`` its face; ``ends`` and ``rows`` lay out what the first and the final part read;
+``checks`` refuses what does not fit; ``simulate`` and ``draw`` show what a schedule costs.
 """
 
 from jdml.partition.pipeline.draw import draw as draw

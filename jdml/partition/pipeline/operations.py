@@ -14,9 +14,11 @@ from jdml.partition.pipeline.parts import (
     Parts,
     added,
     check_block,
+    check_exchanges,
     replaced,
     used_leaves,
 )
+from jdml.partition.pipeline.rows import put_together, tables
 from jdml.partition.pipeline.schedule import Kind
 from jdml.partition.pipeline.timetable import BRANCHES, COLUMNS, Timetable
 
@@ -92,6 +94,10 @@ class Operations:
         layer = jax.tree.map(lambda a: a[0, 0], local.layers)
         extras = (batch, self.keys.layer(0, 0))
         check_block(self.x, jax.eval_shape(parts.block, layer, self.x, *extras))
+        if timetable.columns["branch"].shape[1] > 1:
+            check_exchanges(parts.first, others, batch, self.keys.first(0))
+            check_exchanges(parts.block, layer, self.x, *extras)
+            check_exchanges(parts.last, others, self.x, batch, self.keys.last(0))
         self.layer: Layer | None = None
         if backward:
             self.layer = make_layer(
@@ -100,6 +106,9 @@ class Operations:
         # Gradients only of what each part uses: an untied table takes no part in the head.
         self.used_by_first = used_leaves(parts.first, others, batch, self.keys.first(0))
         self.used_by_last = used_leaves(parts.last, others, self.x, batch, self.keys.last(0))
+        read = tables(parts.first, others, batch, self.keys.first(0))
+        read |= tables(parts.last, others, self.x, batch, self.keys.last(0))
+        self.local = local._replace(others=put_together(others, read))
 
     def batch(self, micro_batch: Any) -> PyTree:
         return take(self.local.batches, micro_batch)

@@ -1,6 +1,6 @@
 """The model as the stages see it: its three parts, what a stage holds of it, its keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,33 @@ def check_block(x: PyTree, y: PyTree) -> None:
             f"pipeline: a block returned {shown[1]} for x {shown[0]}; expected the same structure, "
             "shapes and dtypes, those that the initial part returns. Cast or project in `first`."
         )
+
+
+def check_exchanges(f: Callable[..., Any], *arguments: PyTree) -> None:
+    """Raises if ``f(*arguments)`` permutes over a mesh axis.
+
+    All-reduce, all-gather, all-to-all and reduce-scatter have groups, here devices of one stage. A
+    permutation is one exchange of the whole mesh, in which only some stages would take part.
+    """
+    for axes in _permuted(jax.make_jaxpr(f)(*arguments).jaxpr):
+        raise ValueError(
+            f"pipeline: a part of the model permutes over mesh axis {axes!r} (attention='ring' "
+            "does). A stage runs it while other stages do something else, but a permutation is an "
+            "exchange of all devices of the mesh: on CPU it was seen to give wrong values. "
+            "Exchange within groups: attention='gather', which sends as many bytes, or 'ulysses'."
+        )
+
+
+def _permuted(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ppermute":
+            yield equation.params["axis_name"]
+        parts = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        for part in parts:
+            if hasattr(part, "eqns"):
+                yield from _permuted(part)
 
 
 def used_leaves(f: Callable[..., Any], others: PyTree, *arguments: PyTree) -> list[int]:

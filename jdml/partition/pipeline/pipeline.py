@@ -13,17 +13,25 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jdml.partition.pipeline.checks import check_arranged, check_batch, check_ends, check_entry
 from jdml.partition.pipeline.division import Division, check_stack, divide, division_of
+from jdml.partition.pipeline.ends import (
+    Ends,
+    check_specs,
+    divided_ends,
+    gathered,
+    manual_specs,
+    summed,
+)
 from jdml.partition.pipeline.execute import run
 from jdml.partition.pipeline.parts import Keys, Local, Parts
 from jdml.partition.pipeline.schedule import Schedule
 from jdml.partition.pipeline.schedules import one_f_one_b
 from jdml.partition.pipeline.timetable import Timetable, timetable
-from jdml.sharding.paths import leaves_with_paths
+from jdml.sharding.paths import path_str
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -50,8 +58,10 @@ def pipeline(
 
     Parameters are a dict whose entry ``stack`` has the blocks', stacked along dim 0, laid out by
     :meth:`Pipeline.arrange`; the other entries are given to ``first`` and ``last``, and may be used
-    by both (a tied table). These are on every stage, though used on the ends alone: a pipeline
-    saves the memory of blocks, not of tables. ``x`` may be any pytree of float arrays; an auxiliary
+    by both (a tied table). These are on every stage, though used on the ends alone, unless
+    :meth:`Pipeline.divide_ends` gives each stage a slice; one that they read by rows is whole on
+    every device within a step where the mesh leaves two axes automatic
+    (:mod:`jdml.partition.pipeline.rows`). ``x`` may be any pytree of float arrays; an auxiliary
     loss can travel in it. Keys differ by micro-batch and layer and do not depend on the cut: the
     numbers are those of :meth:`Pipeline.reference`, one device's, to rounding.
 
@@ -62,7 +72,7 @@ def pipeline(
 
     On the wire, per device and step: each part's output once forward and its gradient once back,
     ``2 chunks M`` × the bytes of a micro-batch's x, and the gradients of ``others`` in one
-    all-reduce.
+    all-reduce: with n bytes of them and S stages, ``2 (S-1)/S n``.
 
     Args:
       first: ``(others, batch, key) -> x``, on one micro-batch.
@@ -121,6 +131,8 @@ class Pipeline:
       division: Which layers are on which stage.
       schedule: The schedule.
       timetable: What each stage does in each tick of a training step.
+      ends: Specs of the leaves, but the stack's, that are divided over the stages, by path; empty
+        unless :meth:`divide_ends` made this.
       mapping: What ``make_step`` is to map workers with: a region over the stages cannot be put
         under ``vmap`` over another mesh axis.
     """
@@ -137,6 +149,7 @@ class Pipeline:
         division: Division,
         stack: str,
         remat: bool,
+        ends: Ends | None = None,
     ) -> None:
         self.parts = parts
         self.mesh = mesh
@@ -146,6 +159,7 @@ class Pipeline:
         self.division = division
         self.stack = stack
         self.remat = remat
+        self.ends = ends or {}
         self.timetable = timetable(schedule.orders(division.num_stages, micro_batches))
         forward = [
             [op for op in order if op.kind == "F"]
@@ -167,7 +181,10 @@ class Pipeline:
           ValueError: before anything is compiled: parameters not laid out so; a batch that the
             micro-batches do not divide.
         """
-        self._check(params, batch)
+        check_entry(params, self.stack)
+        check_arranged(params[self.stack], self.stack, self.division)
+        check_ends(self._others(params), self.ends, self.axis, self.division.num_stages)
+        check_batch(batch, self.micro_batches)
         return self._loss(params, batch, key)
 
     def arrange(self, params: PyTree) -> PyTree:
@@ -176,8 +193,44 @@ class Pipeline:
         Raises:
           ValueError: no entry ``stack``, or one with another number of layers.
         """
-        self._check_entry(params)
+        check_entry(params, self.stack)
         return {**params, self.stack: self.division.arrange(params[self.stack])}
+
+    def divide_ends(self, params: PyTree, specs: PyTree) -> "Pipeline":
+        """The same pipeline, each stage with a slice of the parameters of first and final part.
+
+        Of each leaf but the stack's, the largest dim that no axis divides yet and the stages do is
+        divided over them; a leaf without one stays whole. :meth:`specs` of the result says so, and
+        the gradients come out so: these parameters, their gradients and their optimiser state take
+        ``1/S`` of the memory from step to step. Within a step each stage gathers them, and holds
+        them and the f32 sums of their gradients whole until it ends.
+
+        On the wire, per device and step, of n bytes of them: an all-gather in their own dtype and,
+        in the place of the gradients' all-reduce, a reduce-scatter in f32, ``(S-1)/S n`` each: what
+        the all-reduce would take, where they are f32. Of a leaf that another axis divides too, n
+        is what a device stores if the mesh names the stage axis before that one; else the leaf is
+        put together over that axis first.
+
+        Args:
+          params: The parameters, plain or arranged, or their shapes and dtypes.
+          specs: The plain specs, those that :meth:`specs` will be given.
+
+        Raises:
+          ValueError: no entry ``stack``; specs of another structure.
+        """
+        check_entry(params, self.stack)
+        ends = divided_ends(self._others(params), self._others(specs), self.mesh, self.axis)
+        return Pipeline(
+            self.parts,
+            self.mesh,
+            self.axis,
+            self.schedule,
+            self.micro_batches,
+            self.division,
+            self.stack,
+            self.remat,
+            ends,
+        )
 
     def restore(self, params: PyTree) -> PyTree:
         """The inverse: the stack as ``[layers, ...]``, as one device has it."""
@@ -188,6 +241,10 @@ class Pipeline:
 
         Args:
           specs: A ``PartitionSpec`` for each leaf, the stack's with an entry for its dim of layers.
+
+        Raises:
+          ValueError: a spec that divides the dim of layers; specs that are not those that
+            :meth:`divide_ends` was given.
         """
 
         def arranged(spec: P) -> P:
@@ -200,7 +257,12 @@ class Pipeline:
 
         is_spec = lambda x: isinstance(x, P)  # noqa: E731
         stack = jax.tree.map(arranged, specs[self.stack], is_leaf=is_spec)
-        return {**specs, self.stack: stack}
+        others = self._others(specs)
+        check_specs(others, self.ends, self.axis)
+        others = jax.tree_util.tree_map_with_path(
+            lambda path, spec: self.ends.get(path_str(path), spec), others, is_leaf=is_spec
+        )
+        return {**others, self.stack: stack}
 
     def reference(
         self, params: PyTree, batch: PyTree, key: Any = None
@@ -212,11 +274,11 @@ class Pipeline:
           batch: Leaves ``[batch, ...]``.
           key: Typed key, or None.
         """
-        self._check_entry(params)
+        check_entry(params, self.stack)
         check_stack(params[self.stack], self.division.num_layers)
-        self._check_batch(batch)
+        check_batch(batch, self.micro_batches)
         first, block, last = self.parts
-        others = {name: x for name, x in params.items() if name != self.stack}
+        others = self._others(params)
         keys = Keys(key, self.division.num_layers)
 
         def one(total: Any, xs: Any) -> tuple[Any, None]:
@@ -257,7 +319,7 @@ class Pipeline:
     ) -> tuple[jax.Array, Metrics, PyTree]:
         axis, division = self.axis, self.division
         stack = params[self.stack]
-        others = {name: x for name, x in params.items() if name != self.stack}
+        others = self._others(params)
 
         def on_stage(
             table: jax.Array,
@@ -270,7 +332,7 @@ class Pipeline:
         ) -> Any:
             local = Local(
                 jax.tree.map(lambda a: a[:, 0], stack),
-                others,
+                gathered(others, self.ends, self.mesh, axis),
                 batches,
                 key,
                 counts[:, 0],
@@ -288,17 +350,18 @@ class Pipeline:
                 remat=backward and self.remat,
                 static_count=division.size if division.equal else None,
             )
-            sums = jax.lax.psum((loss, metrics, rest), axis)
-            return sums, jax.tree.map(lambda a: a[:, None], layers)
+            totals, rest = summed((loss, metrics), rest, self.ends, self.mesh, axis)
+            return totals, rest, jax.tree.map(lambda a: a[:, None], layers)
 
         by_stage, whole = P(None, axis), P()
+        slices = manual_specs(others, self.ends, axis)
         # Unchecked: types that vary over the stages would have to be declared in the user's model,
         # and no gradient passes through this region.
-        (loss, metrics, rest), layers = jax.shard_map(
+        (loss, metrics), rest, layers = jax.shard_map(
             on_stage,
             mesh=None if _inside_a_region() else self.mesh,
-            in_specs=(by_stage, by_stage, by_stage, by_stage, whole, whole, whole),
-            out_specs=(whole, by_stage),
+            in_specs=(by_stage, by_stage, by_stage, by_stage, slices, whole, whole),
+            out_specs=(whole, slices if backward else whole, by_stage),
             axis_names={axis},
             check_vma=False,
         )(
@@ -317,6 +380,9 @@ class Pipeline:
             )
         return loss, metrics, gradients
 
+    def _others(self, params: PyTree) -> PyTree:
+        return {name: x for name, x in params.items() if name != self.stack}
+
     def _divided(self, batch: PyTree) -> PyTree:
         """``[batch, ...]`` → ``[micro_batches, batch / micro_batches, ...]``."""
 
@@ -326,39 +392,6 @@ class Pipeline:
             return jnp.swapaxes(x.reshape(-1, self.micro_batches, *x.shape[1:]), 0, 1)
 
         return jax.tree.map(split, batch)
-
-    def _check(self, params: PyTree, batch: PyTree) -> None:
-        self._check_entry(params)
-        division = self.division
-        lead = (division.chunks, division.num_stages, division.size)
-        for path, x in leaves_with_paths(params[self.stack]):
-            if np.shape(x)[:3] != lead:
-                raise ValueError(
-                    f"pipeline: leaf {path!r} of {self.stack!r} has shape {np.shape(x)}; expected "
-                    f"[{lead[0]} chunks, {lead[1]} stages, {lead[2]} layers, ...]. Lay the "
-                    "parameters out: pipe.arrange(params)."
-                )
-        self._check_batch(batch)
-
-    def _check_entry(self, params: PyTree) -> None:
-        if not isinstance(params, dict) or self.stack not in params:
-            entries = sorted(params) if isinstance(params, dict) else type(params).__name__
-            raise ValueError(
-                f"pipeline: expected params to be a dict with an entry {self.stack!r}, the stack "
-                f"of layers; got {entries}. Name the stack: pipeline(..., stack=...)."
-            )
-
-    def _check_batch(self, batch: PyTree) -> None:
-        if not jax.tree.leaves(batch):
-            raise ValueError("pipeline: the batch has no leaves.")
-        for path, x in leaves_with_paths(batch):
-            size = np.shape(x)[0] if np.ndim(x) else 0
-            if not size or size % self.micro_batches:
-                up = -(-max(size, 1) // self.micro_batches) * self.micro_batches
-                raise ValueError(
-                    f"pipeline: batch leaf {path!r} has shape {np.shape(x)}; {self.micro_batches} "
-                    f"micro-batches do not divide its dim 0. Use {up} samples."
-                )
 
 
 def _scaled(gradients: PyTree, cotangents: Any) -> tuple[PyTree, None, None]:

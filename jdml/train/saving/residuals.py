@@ -185,7 +185,8 @@ def _as_saved(wanted: Any, shape: tuple[int, ...], number: Counts) -> jax.ShapeD
 def _reading(sharding: Sharding, shape: tuple[int, ...], ndim: int, num_saved: int) -> Sharding:
     """Dim 0 over as many devices of the worker axes as divide it; the other dims as asked.
 
-    The worker axes are cut in two, in place, so that the devices keep their order.
+    The worker axes are cut in two, in place, so that the devices keep their order. In the devices'
+    memory whatever is asked: there they are summed.
     """
     if not isinstance(sharding, NamedSharding):
         assert sharding.is_fully_replicated, sharding
@@ -209,7 +210,7 @@ def _reading(sharding: Sharding, shape: tuple[int, ...], ndim: int, num_saved: i
         mesh.devices.reshape(sizes), names, axis_types=(jax.sharding.AxisType.Auto,) * len(names)
     )
     spec = others if len(shape) < ndim else (tuple(divided) or None, *others)
-    return NamedSharding(cut, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
+    return NamedSharding(cut, PartitionSpec(*spec))
 
 
 def _is_field(entry: Any) -> bool:

@@ -3,6 +3,7 @@
 import jax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jdml.models import (
     Transformer,
@@ -18,11 +19,20 @@ from tests.partition.pipeline.model import close, mesh_of
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 
+def in_two_stages(model, shape, **options):
+    """The decoder as a pipeline, and a batch of tokens of the shape, the last one for targets."""
+    c = model.config
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, c.vocab_size)
+    parts = pipeline_parts(model)
+    pipe = pipeline(*parts, mesh_of(stage=2), num_layers=c.num_layers, **options)
+    return pipe, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
 @pytest.mark.parametrize(
     ("schedule", "changes"),
     [
         pytest.param(one_f_one_b(), {"remat": "dots"}, marks=pytest.mark.slow),
-        (zero_bubble(), {"remat": "none", "tie_embeddings": True}),
+        (zero_bubble(), {"remat": "none", "tie_embeddings": True}),  # its ends divided
     ],
     ids=["1f1b", "zero-bubble-tied"],
 )
@@ -40,15 +50,10 @@ def test_gradients_are_the_decoders(schedule, changes):
     model = Transformer(config, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
-    tokens = jax.random.randint(jax.random.key(1), (8, 13), 0, 32)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    pipe = pipeline(
-        *pipeline_parts(model),
-        mesh_of(stage=2),
-        num_layers=4,
-        micro_batches=4,
-        schedule=schedule,
-    )
+    pipe, batch = in_two_stages(model, (8, 13), micro_batches=4, schedule=schedule)
+    if config.tie_embeddings:
+        pipe = pipe.divide_ends(params, jax.tree.map(lambda _: P(), params))
+        assert pipe.ends == {"embed/embedding": P("stage", None), "norm/scale": P("stage")}
 
     def loss(params):
         return next_token_loss(nnx.merge(graphdef, params), batch["inputs"], batch["targets"])
@@ -74,14 +79,7 @@ def test_balance_losses_travel_with_the_activations():
     params = jax.tree.unflatten(
         treedef, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     )
-    tokens = jax.random.randint(jax.random.key(1), (4, 5), 0, 16)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    pipe = pipeline(
-        *pipeline_parts(nnx.merge(graphdef, state)),
-        mesh_of(stage=2),
-        num_layers=2,
-        micro_batches=2,
-    )
+    pipe, batch = in_two_stages(nnx.merge(graphdef, state), (4, 5), micro_batches=2)
 
     def loss(params):
         parts = [
