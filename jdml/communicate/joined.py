@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jdml.communicate.buckets import BUCKET_ELEMENTS
-from jdml.communicate.kernels.here import traced_for_tpu
 from jdml.communicate.wire import varying_axes
 
 
@@ -18,9 +17,6 @@ def joined_mean(
     Where another mesh axis is automatic, an array may be divided over it and cannot be joined to
     others without being gathered: there the arrays go to one ``psum``, which XLA's compilers make
     one collective as far as they think it good.
-
-    On TPU arrays of ``BUCKET_ELEMENTS`` or more go one after the other: its compiler would make one
-    collective of all of them, and hold all means beside all arrays.
     """
     means = [jnp.zeros(x.shape, x.dtype) for x in xs]
     if _automatic_axes():
@@ -30,13 +26,8 @@ def joined_mean(
         return means
     # Joined to one that varies over more axes, an array would no longer be known not to.
     joined: dict[frozenset[str], list[int]] = {}
-    latest: jax.Array | None = None
     for i, x in enumerate(xs):
-        if x.size >= max(small, BUCKET_ELEMENTS) and traced_for_tpu():
-            if latest is not None:
-                x, _ = jax.lax.optimization_barrier((x, latest))
-            means[i] = latest = jax.lax.pmean(x, axis)
-        elif x.size >= small:
+        if x.size >= small:
             means[i] = jax.lax.pmean(x, axis)
         elif x.size:
             joined.setdefault(varying_axes(x), []).append(i)

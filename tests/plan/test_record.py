@@ -14,9 +14,6 @@ RECORD = read_record()
 PUBLISHED = [name for name in SCALE if name in RECORD]
 
 ROUGH = {
-    # Its chips store 64 columns of the embedding, which a TPU probably fills up to 128.
-    ("slices-exact", "memory"): 0.2,
-    ("slices-exact", "data"): 0.2,
     # The same step as on 64 chips, which holds 2.3 GB more.
     ("llama3-8b-1024", "memory"): 0.17,
     # The program of before held 0.12 GB more.

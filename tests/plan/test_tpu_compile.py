@@ -25,7 +25,8 @@ def test_more_copies_cost_a_chip_nothing():
         case = dataclasses.replace(small, topology=topology, batch=8 * copies, seq=512)
         layout = Layout(copies, 4, 2)
         found.append(entry_of(case.compile(layout)))
-        rows = found[-1]["collectives"]
+        # Gradients of workers are joined as far as the compiler likes.
+        rows = [row for row in found[-1]["collectives"] if row["axes"] != ["data"]]
         for one in largest(rows, case.config, layout, case.batch, case.seq).values():
             assert one.layers <= 1, one
     few, many = (sum(entry["memory"].values()) for entry in found)
@@ -50,7 +51,8 @@ def test_the_compiler_says_what_the_record_says(name):
         assert sent == pytest.approx(entry["sent_by_axis"][axis], rel=0.05), axis
     share = 4 * case.config.num_params / (layout.fsdp * layout.model)
     assert entry["memory"]["parameters"] == pytest.approx(share, rel=0.001)
-    found = largest(entry["collectives"], case.config, layout, case.batch, case.seq)
+    rows = [row for row in entry["collectives"] if row["axes"] != ["data"]]
+    found = largest(rows, case.config, layout, case.batch, case.seq)
     assert all(one.layers <= 1 for one in found.values()), found
     slow = [row for row in entry["collectives"] if row["slow"]]
     assert bool(slow) == (case.topology.num_slices > 1)
