@@ -61,6 +61,7 @@ SMALL = {
     "fsdp": _case(_SMALL, "v5e:4x4", Layout(4, 4, 1), 32, 512),
     "fsdp-tensor": _case(_SMALL, "v5e:4x4", Layout(2, 2, 4), 16, 1024),
     "v5p": _case(_SMALL, "v5p:2x2x4", Layout(1, 4, 4), 16, 1024),
+    "fsdp-torus": _case(_SMALL, "v5e:4x4", Layout(1, 16, 1), 16, 1024),
     "slices-int8": _case(_SMALL, "2*v5e:4x4", Layout(2, 4, 4), 32, 1024, "int8"),
     "slices-exact": _case(_SMALL, "2*v5e:4x4", Layout(2, 16, 1), 32, 1024),
     "diloco": _case(_SMALL, "v6e:4x4", Layout(4, 4, 1), 32, 1024, "diloco:100"),
@@ -72,12 +73,16 @@ SMALL = {
 """Small models, divided over data × fsdp × model."""
 
 _FOUR = dataclasses.replace(_SMALL, num_layers=4, max_seq_len=65_536)
+_GATHER = dataclasses.replace(_FOUR, attention="gather", seq_order="zigzag", flatten_tokens=False)
+_ULYSSES = dataclasses.replace(_FOUR, attention="ulysses", flatten_tokens=False)
 _EXPERTS = dataclasses.replace(_FOUR, num_experts=8, experts_per_token=2, mlp_dim=1536)
 
 FURTHER = {
     "stages": _case(_FOUR, "v5e:4x4", Layout(4, stage=4, micro_batches=8), 64, 1024),
     "stages-fsdp": _case(_FOUR, "v5e:4x4", Layout(fsdp=4, stage=4, micro_batches=8), 64, 1024),
     "ring": _case(_FOUR, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
+    "gather": _case(_GATHER, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
+    "ulysses": _case(_ULYSSES, "v5e:4x4", Layout(fsdp=4, seq=4), 8, 4096),
     "experts": _case(_EXPERTS, "v5e:4x4", Layout(fsdp=4, expert=4), 32, 1024),
 }
 """Small models, with stages, divided sequences and experts."""
@@ -104,6 +109,7 @@ def entry_of(found: Compiled) -> dict[str, Any]:
         "collectives": compiled_traffic(found),
         "sent_by_axis": compiled_by_axis(found),
         "compile_seconds": round(found.seconds, 1),
+        "compile_cpu_seconds": round(found.cpu_seconds, 1),
     }
 
 
@@ -165,6 +171,7 @@ def table_of_scale(record: dict[str, Any]) -> Table:
         "of activations, MB",
         "/ a layer's",
         "compiled, s",
+        "of a processor",
     ):
         table.add_column(name, justify="right")
     for name, (case, layout) in SCALE.items():
@@ -194,6 +201,7 @@ def table_of_scale(record: dict[str, Any]) -> Table:
             f"{case.topology.chip.memory / 1e9:.1f}",
             *cells,
             f"{entry['compile_seconds']:.0f}",
+            f"{entry['compile_cpu_seconds']:.0f}" if "compile_cpu_seconds" in entry else "",
         )
     return table
 

@@ -5,6 +5,9 @@ tokens over 128,000 words are 34 GB in float32. Here a loop takes ``chunk_size``
 time, and the backward pass computes their logits again (one more product with the head: a third
 of its cost). Chunk ``j`` of ``n`` holds positions ``j, j + n, j + 2n, …``: taking it leaves every
 device with positions that it has, where an axis divides the sequence.
+
+Of a head that FSDP divides the loop takes a piece at a time, no larger than a decoder layer:
+``jdml.models.head``.
 """
 
 from functools import partial
@@ -13,13 +16,20 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jdml.models.head import division_of, losses_under
+
 # Below this many words the logits are no larger than a block's own activations.
 _SMALL_VOCABULARY = 4096
 _CHUNK_SIZE = 128
 
 
 class LanguageModel(Protocol):
-    """What the loss asks of a model."""
+    """What the loss asks of a model.
+
+    Of one that has ``stored_head()`` too, ``(kernel, limit)``, the loss puts a divided head
+    together in pieces of about ``limit`` elements: float32 [embed, vocab], laid out as the
+    parameter is, whose logits are its plain product.
+    """
 
     def hidden(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """[batch, seq] → [batch, seq, embed]."""
@@ -83,10 +93,18 @@ def loss_of_hidden(
             raise ValueError(f"{name}: expected the shape of inputs {positions}, got {array.shape}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    kernel = model.head_kernel()
-    if chunk_size is None:
-        chunk_size = positions[1] if kernel.shape[1] <= _SMALL_VOCABULARY else _CHUNK_SIZE
     weights = jnp.ones(positions, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    count = weights.size if mask is None else jnp.maximum(jnp.sum(weights), 1e-8)
+    if hasattr(model, "stored_head"):
+        stored, limit = model.stored_head()
+        size = _chunk_size(chunk_size, positions[1], stored.shape[1])
+        if size < positions[1]:
+            division = division_of(stored, hidden, limit, size)
+            if division is not None:
+                losses = losses_under(stored, hidden, targets, division)
+                return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)) / count
+    kernel = model.head_kernel()
+    chunk_size = _chunk_size(chunk_size, positions[1], kernel.shape[1])
 
     def total(kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
         loss = token_losses(model.logits(hidden, kernel), targets)
@@ -105,7 +123,13 @@ def loss_of_hidden(
             return carry + total(wide.astype(kernel.dtype), *chunk), None
 
         sum_losses, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)
-    return sum_losses / (weights.size if mask is None else jnp.maximum(jnp.sum(weights), 1e-8))
+    return sum_losses / count
+
+
+def _chunk_size(asked: int | None, seq: int, vocab: int) -> int:
+    if asked is not None:
+        return asked
+    return seq if vocab <= _SMALL_VOCABULARY else _CHUNK_SIZE
 
 
 @jax.custom_jvp

@@ -108,12 +108,6 @@ def _stages(layout: Layout, config: TransformerConfig) -> str | None:
         schedule_of(layout.schedule).check(layout.stage, layout.micro_batches)
     except ValueError as error:
         return str(error)
-    losses = (config.balance_weight, config.importance_weight, config.z_weight)
-    if config.num_experts is not None and any(losses):
-        return (
-            f"stage={layout.stage} with experts whose routers have losses of their own, which no "
-            "stage hands on: set balance_weight, importance_weight and z_weight to 0"
-        )
     return None
 
 

@@ -2,9 +2,9 @@
 
 A **layer's share** is what of one decoder layer is exchanged at once where layers come one by one:
 of its parameters those that ``model`` leaves to a chip, whole along ``fsdp``, in the dtype of the
-collective; of activations a chip's part of the residual stream, [batch, seq, embed]. Activations
-are what goes over ``model``, and what ``all-to-all`` carries over ``fsdp``; parameters and their
-gradients, all else.
+collective; of activations a chip's part of the residual stream, [batch, seq, embed]. Embedding and
+head are layers of their own, in pieces no larger than that. Activations are what goes over
+``model``, and what ``all-to-all`` carries over ``fsdp``; parameters and their gradients, all else.
 
 A program in which no exchange is larger than that needs no room that grows with the depth of the
 model or with its vocabulary, and can exchange a layer while it computes another.
@@ -49,7 +49,7 @@ def largest(
       batch: Samples of a step, on all chips together.
       seq: Tokens of a sample.
     """
-    tokens = batch // (layout.data * layout.fsdp) * seq
+    tokens = batch // layout.samples * (seq // layout.seq)
     elements = {
         "parameters": config.num_layer_params / layout.model,
         "activations": tokens * config.embed_dim,

@@ -6,7 +6,7 @@ shards in the compute dtype stands beside them, and what the forward pass left f
 (*activations*). The rest (*temporaries*) is counted at the fuller of two moments: when a layer is
 computed again and differentiated, with its gathered weights, its attention scores in several forms,
 and some arrays of the residual stream's size or of the hidden layer's; or when the loss is, with
-the head gathered and its gradient whole.
+the head gathered and its gradient whole, or a piece of both (``tables.py``).
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from jdml.models.transformer.config import DIVIDED
 from jdml.plan.algorithm import Algorithm
 from jdml.plan.layout import Layout, divided_config
 from jdml.plan.shares import shares
+from jdml.plan.tables import num_chunks, num_pieces
 from jdml.plan.ticks import ticks_of
 from jdml.plan.topology import Topology
-from jdml.plan.traffic import num_chunks, returns_scattered
+from jdml.plan.traffic import returns_scattered
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,19 @@ def predict_memory(
     scattered = returns_scattered(topology, layout)
 
     # The loss: the head in the compute dtype and its gradient, f32, of which a chip's part comes
-    # back; or, all-reduced, all of it in the compute dtype.
-    copies = 1 + (1 / layout.fsdp if scattered else width / 4)
-    summed_whole = layout.seq > 1 or layout.expert > 1  # over all axes of the tokens at once
-    copies += summed_whole
+    # back; or, all-reduced, all of it in the compute dtype. In pieces, both of a piece.
+    pieces = num_pieces(config, layout, seq)
     logits = 4 * tokens // num_chunks(config, seq) * config.vocab_size // words
-    passing = _beyond_scratch(3 * stream + logits, logits, topology)
-    loss = (width + 4 * copies) * head + passing
+    summed_whole = pieces is None and (layout.seq > 1 or layout.expert > 1)  # over all their axes
+    if pieces:
+        logits //= pieces
+        wide = 4 * tokens * config.embed_dim  # the gradient of what the head multiplies
+        passing = _beyond_scratch(3 * stream + wide + logits, max(wide, logits), topology)
+        loss = (width + 4) * head // pieces + 4 * head // layout.fsdp + passing
+    else:
+        copies = 1 + (1 / layout.fsdp if scattered else width / 4) + summed_whole
+        passing = _beyond_scratch(3 * stream + logits, logits, topology)
+        loss = (width + 4 * copies) * head + passing
 
     # A layer backward, with the layers' gradients and the head's.
     weights = width * stacked // layers * layout.fsdp
@@ -112,7 +119,7 @@ def predict_memory(
     )
     if divided_config(config, layout).attention not in DIVIDED:
         working = _beyond_scratch(working, max(4 * scores, hidden), topology)
-    heads_gradient = 4 * head // layout.fsdp if scattered else width * head
+    heads_gradient = 4 * head // layout.fsdp if scattered or pieces else width * head
     if summed_whole:
         heads_gradient = 4 * head
     layer = 4 * stacked + heads_gradient + weights + working + _travelling(config, layout, tokens)

@@ -4,16 +4,18 @@ What the partitioner makes of ``lower_step``, learnt from compiled programs (``t
 formula to them). With b samples of s tokens on a chip and a compute dtype of w bytes:
 
 - Weights divided over ``fsdp`` are gathered for the forward pass and once more for the backward
-  pass; those of attention, whose backward pass wants them in two layouts, twice more; the
-  embedding and the head once in all.
+  pass; those of attention, whose backward pass wants them in two layouts, twice more. Embedding and
+  head: ``tables.py``; with a small vocabulary they are gathered once in all.
 - Gradients return by a reduce-scatter; where ``fsdp`` covers more than one dim of a two-dimensional
-  torus, by an all-reduce of which each chip keeps its share: twice the bytes. Where ``model``
-  divides a layer too, its reduce-scatter goes around a ring beside the product, with one turn more.
+  torus, by an all-reduce of which each chip keeps its share: twice the bytes; of a layer, on up to
+  ``LARGEST_RING`` chips, around a ring beside the product, with two turns more. Where ``model``
+  divides a layer too, its reduce-scatter goes around a ring, with one turn more.
 - With ``model`` a layer adds up ``b s embed w`` bytes twice forward and twice backward, once more
   where the block is computed again; so does the embedding once, and the head its gradient with
   respect to what it multiplied, in f32.
-- Where ``seq`` or ``expert`` divides the tokens too, the gradients of embedding and head are added
-  up over all these axes at once, whole, and those of the layers by a further all-reduce.
+- Where ``seq`` or ``expert`` divides the tokens too, the gradients of the layers are added up by a
+  further all-reduce, and so are those of embedding and head, each chip's part of them; where these
+  are whole, over all these axes at once.
 - ``data`` exchanges what the algorithm says, once a step (or every so often), in f32; exact
   gradients of an embedding that ``fsdp`` does not divide in the compute dtype.
 """
@@ -25,18 +27,12 @@ from jdml.plan.algorithm import Algorithm
 from jdml.plan.exchange import Exchange, all_gathered, all_reduced
 from jdml.plan.layout import Layout
 from jdml.plan.shares import Share, shares
+from jdml.plan.tables import head_sent, num_chunks, num_pieces, rows_sent, rows_travel
 from jdml.plan.topology import Topology
 from jdml.plan.travelling import experts_exchange, sequences_exchange, stages_exchange
-from jdml.plan.work import SMALL_VOCABULARY
 
 LARGEST_RING = 16
 """Chips up to which a layer's gradients go around a ring where a reduce-scatter would not."""
-LOSS_CHUNK = 128
-
-
-def num_chunks(config: TransformerConfig, seq: int) -> int:
-    """Parts of the sequence that the loss takes one after the other."""
-    return 1 if config.vocab_size <= SMALL_VOCABULARY else -(-seq // LOSS_CHUNK)
 
 
 def predict_traffic(
@@ -59,8 +55,8 @@ def predict_traffic(
     """
     owned = shares(config, layout)
     found = [
-        *_weights(config, topology, layout, owned),
-        *_tables(config, layout, owned),
+        *_weights(config, topology, layout, owned, seq),
+        *_tables(config, layout, owned, batch, seq),
         *_activations(config, layout, batch, seq),
         *stages_exchange(config, layout, batch, seq),
         *sequences_exchange(config, layout, batch, seq),
@@ -74,16 +70,23 @@ def predict_traffic(
 
 
 def _weights(
-    config: TransformerConfig, topology: Topology, layout: Layout, owned: tuple[Share, ...]
+    config: TransformerConfig,
+    topology: Topology,
+    layout: Layout,
+    owned: tuple[Share, ...],
+    seq: int,
 ) -> list[Exchange]:
     size, width = layout.fsdp, config.compute_dtype.itemsize
     if size == 1:
         return []
     scatters = returns_scattered(topology, layout)
     gathered = returned = once = 0.0
+    pieces, rows = num_pieces(config, layout, seq), rows_travel(config, layout)
     for share in owned:
         if "fsdp" not in share.axes or share.path.endswith("scale"):
             continue
+        if pieces if share.path.startswith("head") else rows and share.path.startswith("embed"):
+            continue  # ``_tables``
         payload = width * share.elements
         if share.stacked:
             gathered += all_gathered(size, payload) * _num_gathers(share, layout)
@@ -95,8 +98,10 @@ def _weights(
         wide = 4 if share.path.startswith("head") else width
         scattered = scatters or (share.stacked and size <= LARGEST_RING)
         sent = all_reduced(size, wide * share.elements * size) * (0.5 if scattered else 1)
-        if share.stacked and scattered and "model" in share.axes and size > 2:
-            sent *= size / (size - 1)  # around a ring, beside the product, with one turn more
+        if share.stacked and scattered and size > 2:
+            # Around a ring, beside the product, with one turn more; or around one of two dims, two.
+            turns = 0 if scatters and "model" not in share.axes else 1 if scatters else 2
+            sent *= (size - 1 + turns) / (size - 1)
         returned += sent
     return [
         Exchange("weights of the layers", "fsdp", gathered, True, 2 * config.num_layers),
@@ -105,25 +110,47 @@ def _weights(
     ]
 
 
-def _tables(config: TransformerConfig, layout: Layout, owned: tuple[Share, ...]) -> list[Exchange]:
-    """Gradients of embedding and head where axes beside ``fsdp`` divide the tokens."""
+def _tables(
+    config: TransformerConfig, layout: Layout, owned: tuple[Share, ...], batch: int, seq: int
+) -> list[Exchange]:
+    """Pieces of the head, rows of the embedding; and, where axes beside ``fsdp`` divide the tokens,
+    sums of their gradients: of what each chip stores of a divided table, else whole."""
+    found = []
+    pieces, travel = num_pieces(config, layout, seq), rows_travel(config, layout)
+    if pieces:
+        sent = head_sent(config, layout, pieces)
+        found.append(Exchange("head, a piece at a time", "fsdp", sent, False, 3 * pieces))
+    if travel:
+        tokens = batch // layout.samples * (seq // layout.seq)
+        sent = rows_sent(config, layout, tokens)
+        found.append(Exchange("rows of the embedding", "fsdp", sent, False, 3))
     axes = _of_tokens(layout)
-    if axes in ((), ("fsdp",)) or layout.stage > 1:
-        return []
-    parts = math.prod(layout.sizes[axis] for axis in axes)
-    sent = 0.0
+    others = tuple(axis for axis in axes if axis != "fsdp")
+    if not others or layout.stage > 1:
+        return found
+    sums = dict.fromkeys((others, axes), 0.0)
     for share in owned:
-        if not share.stacked:
-            whole = share.elements * (layout.fsdp if "fsdp" in share.axes else 1)
-            # The loss adds up the head's gradient in f32.
-            wide = 4 if share.path.startswith("head") else config.compute_dtype.itemsize
-            sent += all_reduced(parts, wide * whole)
-    return [Exchange("gradients of embedding and head", "+".join(axes), sent, False, 2)]
+        if share.stacked:
+            continue
+        of_head = share.path.startswith("head")
+        if pieces if of_head else travel and share.path.startswith("embed"):
+            sums[others] += all_reduced(_parts(layout, others), 4 * share.elements)
+            continue
+        whole = share.elements * (layout.fsdp if "fsdp" in share.axes else 1)
+        # The loss adds up the head's gradient in f32.
+        wide = 4 if of_head else config.compute_dtype.itemsize
+        sums[axes] += all_reduced(_parts(layout, axes), wide * whole)
+    what = "gradients of embedding and head"
+    return found + [Exchange(what, "+".join(over), sent, False, 2) for over, sent in sums.items()]
 
 
 def _of_tokens(layout: Layout) -> tuple[str, ...]:
     """Axes that divide the tokens of a worker."""
     return tuple(a for a in ("fsdp", "expert", "seq") if layout.sizes.get(a, 1) > 1)
+
+
+def _parts(layout: Layout, axes: tuple[str, ...]) -> int:
+    return math.prod(layout.sizes[axis] for axis in axes)
 
 
 def _exchanged(
@@ -152,14 +179,15 @@ def _activations(config: TransformerConfig, layout: Layout, batch: int, seq: int
     size = layout.model
     if size == 1:
         return []
-    here = batch // (layout.data * layout.fsdp)
-    stream = here * seq * config.embed_dim
+    tokens = batch // layout.samples * (seq // layout.seq)
+    stream = tokens * config.embed_dim
     width = config.compute_dtype.itemsize
     per_layer = 5 if config.recomputes == "full" else 4
     chunks = num_chunks(config, seq)
+    pieces = num_pieces(config, layout, seq)
     # Forward the largest logit and the sum of exponentials of each position, and the target's
-    # logit; and the largest and the sum again backward.
-    sums = 4 * here * seq * 5
+    # logit; and, where they are computed again, the largest and the sum backward.
+    sums = 4 * tokens * (3 if pieces else 5)
     return [
         Exchange(
             "sums over heads and hidden units",
@@ -168,5 +196,11 @@ def _activations(config: TransformerConfig, layout: Layout, batch: int, seq: int
             False,
             per_layer * config.num_layers + 1,
         ),
-        Exchange("loss", "model", all_reduced(size, 4 * stream + sums), False, 3 * chunks),
+        Exchange(
+            "loss",
+            "model",
+            all_reduced(size, 4 * stream + sums),
+            False,
+            chunks + 2 if pieces else 3 * chunks,
+        ),
     ]

@@ -7,8 +7,10 @@ bytes and whose queries take Q in a compute dtype of w bytes; keys' gradients ar
   the next one, and as many back in ticks in which gradients go; at the end the gradients of the
   tables are summed over the stages, f32.
 - ``seq``, with K parts, for each layer: ``ring`` and ``gather`` send (K - 1) B forward and
-  (K - 1) (B + G) backward; ``ulysses`` (K - 1) / K (2 Q + B') each way, B' being B with key heads
-  repeated to a multiple of K. With ``remat="full"`` what was sent forward is sent again.
+  (K - 1) (B + G) backward; ``ulysses`` (K - 1) / K of 2 Q + B' forward and of 2 Q + 2 B' and a f32
+  for each query and head backward, B' being B with key heads repeated to a multiple of K. The keys
+  of ``gather`` and ``ulysses`` go in up to 2 K pieces. With ``remat="full"`` what was sent forward
+  is sent again.
 - ``expert``, with n parts: rows go to their experts and come back, in each pass, and with
   ``remat="full"`` once more: k rows for each token, of which (n - 1) / n leave the chip. A program
   has room for twice the even share (``jdml/models/experts/dropless.py``), or, with a capacity, for
@@ -21,6 +23,8 @@ import math
 from collections.abc import Iterable
 
 from jdml.models import TransformerConfig
+from jdml.models.attention.divided import FORMS
+from jdml.models.attention.pieces import InPieces
 from jdml.models.experts.dropless import rows_of_round
 from jdml.plan.exchange import Exchange, all_reduced
 from jdml.plan.layout import Layout, divided_config
@@ -64,18 +68,21 @@ def sequences_exchange(
     positions = batch // layout.samples * (seq // parts)
     heads, kv_heads = config.num_heads // layout.model, config.num_kv_heads // layout.model
     again = 1 if config.recomputes == "full" else 0
+    pieces = pieces_of_keys(config, layout, seq)
     if ran.attention == "ulysses":
         copies = math.lcm(kv_heads, parts) // kv_heads
         pair = 2 * positions * kv_heads * copies * config.head_dim * width
         query = positions * heads * config.head_dim * width
-        sent = (2 + again) * (2 * query + pair) * (parts - 1) / parts
-        hidden, what, times = False, "positions for heads", 3 * (2 + again)
+        forward = 2 * query + pair
+        sent = (1 + again) * forward + forward + pair + 4 * positions * heads
+        sent *= (parts - 1) / parts
+        hidden, what = False, "positions for heads"
+        times = (1 + again) * (2 + pieces) + 3 + 2 * pieces
     else:
         pair = 2 * positions * kv_heads * config.head_dim * width
         sent = (parts - 1) * pair * (2 + again + 4 / width)
-        ring = ran.attention == "ring"
-        hidden, what = ring, "keys and values"
-        times = (3 + again) * (parts - 1 if ring else 1)
+        hidden, what = True, "keys and values"
+        times = (3 + again) * (parts - 1 if ran.attention == "ring" else pieces)
     pattern = {"ulysses": "all-to-all", "ring": "neighbour"}.get(ran.attention, "ring")
     return [
         Exchange(
@@ -88,6 +95,13 @@ def sequences_exchange(
         ),
         _summed("seq", config, layout, shares(config, layout)),
     ]
+
+
+def pieces_of_keys(config: TransformerConfig, layout: Layout, seq: int) -> int:
+    """In which ``gather`` and ``ulysses`` see a chip's keys; 1 of a ring."""
+    ran = divided_config(config, layout)
+    form = FORMS[ran.attention]("seq", layout.seq, ran.causal, ran.seq_order, ran.attention_block)
+    return form.cut(seq // layout.seq).pieces if isinstance(form, InPieces) else 1
 
 
 def experts_exchange(

@@ -21,15 +21,23 @@ from jdml.sharding.rules import OnIndivisible, Rules, entry_of
 
 
 class Context(NamedTuple):
-    """What ``use_rules`` was given, with the rules as activations see them."""
+    """What ``use_rules`` was given.
+
+    Attributes:
+      mesh: None in ``no_mesh``.
+      rules: As activations see them.
+      hide: Axes that a ``vmap`` around maps over.
+      stored: The rules as parameters see them.
+    """
 
     mesh: Mesh | None
     rules: Rules
     hide: frozenset[str]
+    stored: Rules
 
 
 _context = jax.make_user_context(None)
-_NO_MESH = Context(None, Rules(), frozenset())
+_NO_MESH = Context(None, Rules(), frozenset(), Rules())
 
 
 @contextmanager
@@ -45,7 +53,7 @@ def use_rules(mesh: Mesh, rules: Rules, hide: Iterable[str] = ()) -> Iterator[No
       hide: mesh axes that are mapped already (``vmap(spmd_axis_name=...)``): dropped from specs.
     """
     require_auto(mesh)
-    context = Context(mesh, rules.activations, frozenset(hide))
+    context = Context(mesh, rules.activations, frozenset(hide), rules)
     unknown = context.hide - set(mesh.axis_names)
     if unknown:
         raise ValueError(
@@ -78,7 +86,7 @@ def constrain(x: jax.Array, *names: Any) -> jax.Array:
         name, an axis used twice, or a dim that its axes do not divide.
     """
     where = f"constrain{names}"
-    mesh, rules, hide = current_context(where)
+    mesh, rules, hide, _ = current_context(where)
     if len(names) != x.ndim:
         raise ValueError(
             f"{where}: {len(names)} names for an array of shape {x.shape}; give one per dim, None "

@@ -5,7 +5,8 @@
 
 ``constrain`` asks the partitioner for a layout and leaves the exchange to it. Where the exchange is
 the algorithm (tokens that go to their experts, keys that go round a ring), ``on_device`` says it in
-its own words, over ``axes_of_name("experts")``, and the rules in force say what it is given.
+its own words, over ``axes_of_name("experts")``, and the rules in force say what it is given. A
+parameter named ``Stored(("embed", "vocab"))`` comes as it is stored, for ``on_device`` to gather.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,8 +22,12 @@ from jdml.sharding.fit import axes_of, fit
 Names = tuple[Any, ...]
 
 
+class Stored(tuple[Any, ...]):
+    """Names of a parameter's dims, divided as parameters are, not as activations."""
+
+
 def manual(
-    function: Callable[..., Any], inputs: Iterable[Names], outputs: Names
+    function: Callable[..., Any], inputs: Iterable[Names], outputs: Names | list[Names]
 ) -> Callable[..., Any]:
     """``function`` on each device's part of its arguments, with every mesh axis manual.
 
@@ -34,17 +39,17 @@ def manual(
 
     Args:
       function: takes and returns arrays; may name any axis of the mesh.
-      inputs: logical names of each argument's dims, as ``constrain`` takes them.
-      outputs: those of the result, an array.
+      inputs: logical names of each argument's dims, as ``constrain`` takes them, or ``Stored``.
+      outputs: those of the result, an array; or a list, of each of several.
 
     Raises:
       ValueError: outside ``use_rules`` and ``no_mesh``; when called: another number of arguments
         or of dims, or a dim that its axes do not divide.
     """
-    inputs = tuple(tuple(names) for names in inputs)
-    mesh, rules, hide = current_context("manual")
+    inputs = tuple(inputs)
+    mesh, rules, hide, stored = current_context("manual")
 
-    def call(*args: jax.Array) -> jax.Array:
+    def call(*args: jax.Array) -> Any:
         if len(args) != len(inputs):
             raise ValueError(f"manual: {len(args)} arguments, but names for {len(inputs)}")
         if mesh is None:
@@ -55,7 +60,8 @@ def manual(
         dropped = hide | held | {axis for axis, size in mesh.shape.items() if size == 1}
 
         def spec_of(names: Names) -> P:
-            return without(rules.spec(names, mesh.axis_names), dropped)
+            table = stored if isinstance(names, Stored) else rules
+            return without(table.spec(names, mesh.axis_names), dropped)
 
         for number, (names, x) in enumerate(zip(inputs, args, strict=True)):
             where = f"manual: argument {number}, dims {names}"
@@ -68,7 +74,9 @@ def manual(
             function,
             mesh=None if held else mesh,  # a nested region takes the mesh around it
             in_specs=tuple(spec_of(names) for names in inputs),
-            out_specs=spec_of(outputs),
+            out_specs=(
+                tuple(map(spec_of, outputs)) if isinstance(outputs, list) else spec_of(outputs)
+            ),
             axis_names=free,
         )(*args)
 
@@ -80,10 +88,19 @@ def axes_of_name(name: Any) -> tuple[str, ...]:
 
     Axes hidden by ``use_rules(..., hide=...)`` are left out; ``()`` under ``no_mesh``.
     """
-    mesh, rules, hide = current_context("axes_of_name")
+    return _axes(name, stored=False)
+
+
+def axes_of_stored(name: Any) -> tuple[str, ...]:
+    """The same of parameters' dims."""
+    return _axes(name, stored=True)
+
+
+def _axes(name: Any, stored: bool) -> tuple[str, ...]:
+    mesh, rules, hide, of_parameters = current_context("axes_of_name")
     if mesh is None:
         return ()
-    spec = rules.spec((name,), mesh.axis_names)
+    spec = (of_parameters if stored else rules).spec((name,), mesh.axis_names)
     return tuple(a for a in axes_of(spec[0]) if a not in hide and mesh.shape[a] > 1)
 
 

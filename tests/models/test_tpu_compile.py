@@ -60,9 +60,15 @@ def test_gradients_per_worker(slice_16, fsdp):
     found = collectives(compiled, mesh)
     assert not [c for c in found if "data" in c.axes]
     assert {c.kind for c in found if c.axes == ("model",)} <= {"all-reduce", "reduce-scatter"}
-    # The head is put together once, not for every chunk.
-    num_chunks = seq // 128
-    assert not [c for c in found if c.kind == "all-gather" and num_chunks in c.loops]
+    # A piece of the head is put together, and its gradient summed, once for all chunks.
+    gathered = [c for c in found if c.kind in ("all-gather", "reduce-scatter")]
+    assert all(len(c.loops) < 2 for c in gathered)
+    if fsdp > 1:
+        layer = config.num_layer_params // 4
+        widths = {"bf16": 2, "f32": 4}
+        assert max(c.whole_bytes / widths[c.dtype] for c in gathered) <= layer
+        pieces = -(-config.embed_dim * config.vocab_size // config.num_layer_params)
+        assert sum(c.count for c in gathered if c.loops == (pieces,)) == 3 * pieces
     logits = 4 // fsdp * seq * config.vocab_size // 4 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < logits
 

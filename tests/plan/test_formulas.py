@@ -167,7 +167,8 @@ def test_keys_that_go_round_are_those_of_the_page():
 
 
 def test_what_forms_of_attention_send(config):
-    """Ring and gathered keys alike, all-to-all (K - 1) / K · (4 Q + 2 B): ``docs/context.md``."""
+    """Ring and gathered keys alike, all-to-all (K - 1) / K · (4 Q + 3 B + Q / head_dim):
+    ``docs/context.md``."""
     layout, heads, seq = Layout(seq=4), 8, 64
     dots = dataclasses.replace(config, remat="dots", flatten_tokens=False)
     forms = {
@@ -179,7 +180,9 @@ def test_what_forms_of_attention_send(config):
     query = seq // 4 * heads * config.head_dim * 4
     pair = 2 * query * config.num_kv_heads // heads
     assert forms["ring"] == forms["gather"] == config.num_layers * 3 * 3 * pair
-    assert forms["ulysses"] == config.num_layers * 3 / 4 * (4 * query + 2 * pair)
+    assert forms["ulysses"] == config.num_layers * 3 / 4 * (
+        4 * query + 3 * pair + query / config.head_dim
+    )
 
 
 def test_rows_of_experts_are_those_of_the_page():

@@ -5,6 +5,7 @@ import pytest
 from jdml.models.transformer.presets import llama3
 from jdml.plan import Layout
 from jdml.plan.largest import largest
+from jdml.plan.tables import num_pieces
 
 
 def row(axes, kind, dtype, size):
@@ -27,6 +28,17 @@ def test_by_class_and_dtype():
     assert found["parameters"].layers == pytest.approx(1)
     assert found["activations"].layers == pytest.approx(1)
     assert "activations" not in largest(rows[:3], config, layout, 32, 512)
+
+
+@pytest.mark.parametrize(("size", "pieces"), [("8b", 3), ("70b", 2)])
+def test_a_head_is_cut_into_pieces_no_larger_than_a_layer(size, pieces):
+    config = llama3(size)
+    head = config.vocab_size * config.embed_dim
+    assert num_pieces(config, Layout(1, 64, 1), 4096) == pieces
+    assert head / pieces <= config.num_layer_params < head / (pieces - 1)
+    # Where nothing divides it, or all positions are one chunk, the head is in one.
+    assert num_pieces(config, Layout(64), 4096) is None
+    assert num_pieces(config, Layout(1, 64, 1), 128) is None
 
 
 def test_a_layer_is_what_two_models_differ_by():

@@ -99,11 +99,6 @@ def test_a_refusal_names_what_stands_in_the_way(config, layout, batch, words):
             {"num_layers": 6},
             "with 2 chunks each does not divide num_layers=6; the nearest that they divide: 4 or 8",
         ),
-        (
-            Layout(4, stage=2, micro_batches=2),
-            {"num_layers": 4, "num_experts": 4},
-            "set balance_weight",
-        ),
         (Layout(1, expert=8), {"num_experts": 4}, "sizes that do: 1, 2, 4"),
         (Layout(1, seq=8), {}, "2 × 8 chunks"),
         (
@@ -124,6 +119,11 @@ def test_a_pipeline_whose_words_the_axis_would_not_divide(config):
     odd = dataclasses.replace(config, vocab_size=4097, num_layers=4)
     assert "vocab_size=4097" in refusal(Layout(4, model=2), odd, POD, 8, SEQ)
     assert refusal(Layout(2, model=2, stage=2, micro_batches=2), odd, POD, 8, SEQ) is None
+
+
+def test_stages_hand_on_what_routers_lose(mixture):
+    four = dataclasses.replace(mixture, num_layers=4, balance_weight=0.01, z_weight=0.001)
+    assert refusal(Layout(4, stage=2, micro_batches=2), four, POD, 8, SEQ) is None
 
 
 def test_a_batch_that_nothing_divides(config):

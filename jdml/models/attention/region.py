@@ -77,7 +77,7 @@ def region(where: str) -> Region | None:
     Raises:
       ValueError: outside both, beginning with ``where``.
     """
-    mesh, rules, hide = current_context(where)
+    mesh, rules, hide, _ = current_context(where)
     if mesh is None:
         return None
     manual = manual_axes()

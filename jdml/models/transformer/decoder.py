@@ -202,6 +202,11 @@ class Transformer(nnx.Module):
         # Laid out as activations are: a loop over chunks would gather a divided kernel every time.
         return constrain(kernel.astype(self.config.compute_dtype), "embed", "vocab")
 
+    def stored_head(self) -> tuple[jax.Array, int]:
+        """The head's kernel as it is stored, float32 [embed, vocab]; and a layer's parameters."""
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return kernel, self.config.num_layer_params
+
     def rotary_table(self, seq: int, start: jax.Array | int = 0) -> Rotary | None:
         """Angles of the positions from ``start`` on, for the blocks; None without rotary ones."""
         if self.config.positions != "rotary":

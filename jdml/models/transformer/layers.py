@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jdml.models.lookup import divided_axes, exchanged_rows
 from jdml.models.transformer.config import Matmul, TransformerConfig
 from jdml.models.transformer.fp8 import check_backend, fp8_matmul
 from jdml.sharding import constrain
@@ -135,6 +136,9 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Ids [...] → vectors [..., embed_dim]; NaN for an id outside the vocabulary."""
+        axes = divided_axes(self.embedding[...], tokens)
+        if axes:
+            return exchanged_rows(self.embedding[...], tokens, dtype, axes)
         # Laid out as activations are: rows taken from a table whose ``embed`` dim is divided over
         # an axis of the batch would be exchanged over every axis of the batch.
         # Its rows whole where XLA's partitioner would end the process: in a region that is manual
