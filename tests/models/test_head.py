@@ -14,8 +14,6 @@ from jdml.models import Transformer, TransformerConfig, next_token_loss, pipelin
 from jdml.partition.pipeline import pipeline
 from jdml.sharding import collectives, make_mesh, no_mesh, presets, shard, specs, use_rules
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 # Too large for its rows to be gathered; the head as large as three layers, and a part of it in
 # pieces that must be filled up.
 VOCAB = 4108
