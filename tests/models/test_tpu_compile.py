@@ -65,7 +65,7 @@ def test_gradients_per_worker(slice_16, fsdp):
     assert all(len(c.loops) < 2 for c in gathered)
     if fsdp > 1:
         layer = config.num_layer_params // 4
-        widths = {"bf16": 2, "f32": 4}
+        widths = {"bf16": 2, "f32": 4, "s32": 4}  # numbers of words travel, too
         assert max(c.whole_bytes / widths[c.dtype] for c in gathered) <= layer
         pieces = -(-config.embed_dim * config.vocab_size // config.num_layer_params)
         assert sum(c.count for c in gathered if c.loops == (pieces,)) == 3 * pieces
