@@ -49,6 +49,7 @@ def test_refused_in_a_pipeline(make):
         pipeline_parts(make(remat="offload_dots"))
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu not installed")
 def test_memory_of_a_device_on_tpu():

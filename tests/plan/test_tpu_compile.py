@@ -35,7 +35,14 @@ def test_more_copies_cost_a_chip_nothing():
     assert found[1]["compile_cpu_seconds"] < 2 * found[0]["compile_cpu_seconds"]
 
 
-@pytest.mark.parametrize("name", ["dots-tensor", "slices-int8", "fsdp-torus"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fsdp-torus",
+        pytest.param("dots-tensor", marks=pytest.mark.slow),
+        pytest.param("slices-int8", marks=pytest.mark.slow),
+    ],
+)
 def test_the_compiler_says_what_the_record_says(name):
     case, layout = CASES[name]
     entry, recorded, predicted = (
