@@ -18,8 +18,9 @@ from jdml.sharding import Without
 from jdml.sharding.constrain import current_context, manual_axes
 from jdml.sharding.region import Stored, axes_of_name, axes_of_stored, manual
 
-LARGE_VOCABULARY = 4096
-"""Rows above which a table is not gathered."""
+SMALL_VOCABULARY = 4096
+"""Up to so many words a table is gathered, and the loss takes all positions at once: their logits
+are no larger than a block's own activations."""
 
 
 def divided_axes(table: jax.Array, tokens: jax.Array) -> tuple[str, ...]:
@@ -30,7 +31,7 @@ def divided_axes(table: jax.Array, tokens: jax.Array) -> tuple[str, ...]:
       tokens: [batch, seq].
     """
     mesh = current_context("divided_axes")[0]
-    if mesh is None or tokens.ndim != 2 or len(table) <= LARGE_VOCABULARY:
+    if mesh is None or tokens.ndim != 2 or len(table) <= SMALL_VOCABULARY:
         return ()
     embed, vocab, batch = axes_of_stored("embed"), axes_of_stored("vocab"), axes_of_name("batch")
     seq = axes_of_name(Without("seq", "vocab"))

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jdml.models.head import division_of, losses_under
+from jdml.models.lookup import SMALL_VOCABULARY
 
-# Below this many words the logits are no larger than a block's own activations.
-_SMALL_VOCABULARY = 4096
 _CHUNK_SIZE = 128
 
 
@@ -129,7 +128,7 @@ def loss_of_hidden(
 def _chunk_size(asked: int | None, seq: int, vocab: int) -> int:
     if asked is not None:
         return asked
-    return seq if vocab <= _SMALL_VOCABULARY else _CHUNK_SIZE
+    return seq if vocab <= SMALL_VOCABULARY else _CHUNK_SIZE
 
 
 @jax.custom_jvp

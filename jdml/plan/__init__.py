@@ -2,9 +2,9 @@
 
     python -m jdml.plan --model llama3-8b --topology v5e:16x16 --batch 256 --seq 4096
 
-Reading order: ``hardware``, ``topology``, ``layout``, ``algorithm``; ``shares``, ``traffic``,
-``memory``, ``roofline`` (the formulas); ``program`` (the compiler); ``planner``, ``report``,
-``picture``.
+Reading order: ``hardware``, ``topology``, ``layout``, ``algorithm``; ``shares``, ``tables``,
+``traffic``, ``memory``, ``roofline`` (the formulas); ``program`` (the compiler); ``planner``,
+``report``, ``picture``.
 """
 
 from jdml.plan.algorithm import Algorithm, parse_algorithm

@@ -7,8 +7,8 @@ that are wanted, of the head a piece at a time, no larger than a layer.
 import math
 
 from jdml.models import TransformerConfig
+from jdml.models.lookup import SMALL_VOCABULARY
 from jdml.plan.layout import Layout
-from jdml.plan.work import SMALL_VOCABULARY
 
 LOSS_CHUNK = 128
 LARGEST_SCATTERED = 64 * 2**20

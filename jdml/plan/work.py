@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from jdml.models import TransformerConfig
 from jdml.models.attention.blocks import block_size
 from jdml.models.experts.capacity import capacity_of
+from jdml.models.lookup import SMALL_VOCABULARY
 from jdml.models.transformer.config import DIVIDED
 from jdml.plan.layout import Layout, divided_config
 from jdml.plan.shares import shares
-
-SMALL_VOCABULARY = 4096
-"""Up to which the loss takes all positions at once: ``jdml/models/loss.py``."""
 
 
 @dataclass(frozen=True)
