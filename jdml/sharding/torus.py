@@ -51,10 +51,12 @@ def plane_of(mesh: Mesh, axis: str) -> np.ndarray | None:
     used = [dim for dim in range(lines.shape[-1]) if np.ptp(lines[..., dim]) > 0]
     if len(used) != 2:
         return None  # one line of chips; or a torus of three dims, which is left to the compiler
-    found = [_rows(line[:, used]) for line in lines]
-    if any(rows is None or not np.array_equal(rows, found[0]) for rows in found):
-        return None
-    return found[0]
+    first = _rows(lines[0][:, used])
+    for line in lines[1:]:
+        rows = _rows(line[:, used])
+        if first is None or rows is None or not np.array_equal(rows, first):
+            return None
+    return first
 
 
 def _rows(places: np.ndarray) -> np.ndarray | None:
