@@ -58,9 +58,11 @@ class Compiled:
         """How often a collective runs in a step, as the text tells.
 
         In a pipeline each operation of a stage has its ticks, and so has handing on; what the ends
-        do alone counts as if a stage were both.
+        do alone counts as if a stage were both. Rows of experts find room in the first round.
         """
         times = float(one.count or 1)
+        if ("experts_overflow", 1) in one.branches:
+            return 0.0
         if self.layout.stage == 1:
             return times
         ticks = ticks_of(self.layout)
@@ -251,8 +253,10 @@ def _carried(text: str, lead: tuple[int, ...], parameters: set[int]) -> int:
         head, loop, _ = line.partition(" while(")
         if loop:
             total = 0
-            for dtype, dims in re.findall(r"(bf16|f32)\[([\d,]+)\]", head):
+            for dtype, dims, place in re.findall(r"(bf16|f32)\[([\d,]+)\](\{\S*\})?", head):
                 shape = [int(d) for d in dims.split(",")]
+                if "S(1)" in place:
+                    continue  # in the scratch memory
                 if tuple(shape[: len(lead)]) == lead and math.prod(shape) not in parameters:
                     total += math.prod(shape) * (2 if dtype == "bf16" else 4)
             largest = max(largest, total)

@@ -34,11 +34,13 @@ def num_pieces(config: TransformerConfig, layout: Layout, seq: int) -> int | Non
 
 
 def head_sent(config: TransformerConfig, layout: Layout, pieces: int) -> float:
-    """Bytes along ``fsdp``: each piece gathered forward and backward, its gradient scattered, or,
-    of a large piece, all-reduced."""
+    """Bytes along ``fsdp``: each piece gathered forward and backward (a single one stays), its
+    gradient scattered, or, of a large piece, all-reduced."""
     head = config.embed_dim * config.vocab_size / layout.model
     times = 1 if 4 * head / pieces <= LARGEST_SCATTERED else 2
-    return (layout.fsdp - 1) / layout.fsdp * (2 * config.compute_dtype.itemsize + 4 * times) * head
+    gathers = min(pieces, 2)
+    sent = gathers * config.compute_dtype.itemsize + 4 * times
+    return (layout.fsdp - 1) / layout.fsdp * sent * head
 
 
 def rows_sent(config: TransformerConfig, layout: Layout, tokens: int) -> float:
