@@ -27,7 +27,7 @@ from jdml.plan import Case, Compiled, Layout, parse_algorithm, parse_topology
 from jdml.plan.largest import largest
 from jdml.plan.report import CLASSES, compiled_by_axis, compiled_traffic, sent_by_axis
 from jdml.plan.ticks import ticks_of
-from jdml.plan.work import predict_work
+from jdml.plan.work import Work, predict_work
 
 RECORD = Path(__file__).resolve().parents[1] / "tests/plan/compiled.json"
 
@@ -61,6 +61,7 @@ SMALL = {
     "fsdp": _case(_SMALL, "v5e:4x4", Layout(4, 4, 1), 32, 512),
     "fsdp-tensor": _case(_SMALL, "v5e:4x4", Layout(2, 2, 4), 16, 1024),
     "v5p": _case(_SMALL, "v5p:2x2x4", Layout(1, 4, 4), 16, 1024),
+    "v6e": _case(_SMALL, "v6e:4x4", Layout(1, 4, 4), 16, 1024),
     "fsdp-torus": _case(_SMALL, "v5e:4x4", Layout(1, 16, 1), 16, 1024),
     "slices-int8": _case(_SMALL, "2*v5e:4x4", Layout(2, 4, 4), 32, 1024, "int8"),
     "slices-exact": _case(_SMALL, "2*v5e:4x4", Layout(2, 16, 1), 32, 1024),
@@ -117,10 +118,19 @@ def listed_flops(case: Case, layout: Layout) -> float:
     """FLOPs as a program's text shows them: of a pipeline, B with the final part in every tick."""
     work = predict_work(case.config, layout, case.batch, case.seq)
     if layout.stage == 1:
-        return work.total
+        return work.total - _in_kernels(case, layout, work)
     ticks = ticks_of(layout)
     share = ticks.number / ticks.runs(BRANCHES.index("B"))
     return share * (work.backward + work.head)
+
+
+def _in_kernels(case: Case, layout: Layout, work: Work) -> float:
+    """FLOPs of experts' products: a TPU's compiler makes kernels of them, which do not say."""
+    if case.config.num_experts is None:
+        return 0.0
+    met = case.config.experts_per_token
+    one_more = dataclasses.replace(case.config, experts_per_token=met + 1)
+    return met * (predict_work(one_more, layout, case.batch, case.seq).total - work.total)
 
 
 def read_record() -> dict[str, Any]:

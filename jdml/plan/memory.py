@@ -52,6 +52,8 @@ STREAM_COPIES = 6
 """Arrays [batch, seq, embed] that the same layer needs."""
 HIDDEN_COPIES = 3
 """Arrays [batch, seq, mlp] that it needs; not at the same time as the scores."""
+EXPERT_COPIES = 6
+"""Arrays of each width that rows at their experts need."""
 LARGEST_IN_SCRATCH = 64 * 2**20
 """Bytes of an array from which on it is not put into a TPU's scratch memory."""
 
@@ -155,13 +157,18 @@ def _travelling(config: TransformerConfig, layout: Layout, tokens: int) -> float
         # On their way and at hand; gradients on their way, their sum, and the chip's own part.
         total += keys * (2 * width + 3 * 4)
     if config.num_experts is not None:
-        rows = tokens * config.experts_per_token
-        if layout.expert > 1:
+        rows, rounds = tokens * config.experts_per_token, 1
+        hidden = config.mlp_dim // layout.model
+        if layout.expert > 1 and config.capacity_factor is None:
             size, _ = rows_of_round(
                 tokens, config.experts_per_token, config.num_experts, layout.expert
             )
-            rows = layout.expert * size
-        total += rows * width * (3 * config.embed_dim + 3 * config.mlp_dim // layout.model)
+            rows, rounds = layout.expert * size, 2
+        # Of what the experts are given and return, and of gate, up and their product, the rows and
+        # their gradients; and kernels' gradients of the first round, and of those that may follow.
+        total += rows * width * EXPERT_COPIES * (config.embed_dim + hidden)
+        kernels = 3 * config.num_experts // layout.expert * config.embed_dim * hidden
+        total += 4 * rounds * kernels
     return total
 
 

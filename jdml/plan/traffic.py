@@ -16,6 +16,7 @@ formula to them). With b samples of s tokens on a chip and a compute dtype of w 
 - Where ``seq`` or ``expert`` divides the tokens too, the gradients of the layers are added up by a
   further all-reduce, and so are those of embedding and head, each chip's part of them; where these
   are whole, over all these axes at once.
+- In a pipeline all of this is done for every micro-batch.
 - ``data`` exchanges what the algorithm says, once a step (or every so often), in f32; exact
   gradients of an embedding that ``fsdp`` does not divide in the compute dtype.
 """
@@ -103,10 +104,11 @@ def _weights(
             turns = 0 if scatters and "model" not in share.axes else 1 if scatters else 2
             sent *= (size - 1 + turns) / (size - 1)
         returned += sent
+    layers, runs = config.num_layers // layout.stage, layout.micro_batches
     return [
-        Exchange("weights of the layers", "fsdp", gathered, True, 2 * config.num_layers),
-        Exchange("embedding and head", "fsdp", once, False, 2),
-        Exchange("gradients", "fsdp", returned, True, config.num_layers),
+        Exchange("weights of the layers", "fsdp", runs * gathered, True, 2 * runs * layers),
+        Exchange("embedding and head", "fsdp", runs * once, False, 2 * runs),
+        Exchange("gradients", "fsdp", runs * returned, True, runs * layers),
     ]
 
 
@@ -118,8 +120,9 @@ def _tables(
     found = []
     pieces, travel = num_pieces(config, layout, seq), rows_travel(config, layout)
     if pieces:
-        sent = head_sent(config, layout, pieces)
-        found.append(Exchange("head, a piece at a time", "fsdp", sent, False, 3 * pieces))
+        runs = layout.micro_batches
+        sent = runs * head_sent(config, layout, pieces)
+        found.append(Exchange("head, a piece at a time", "fsdp", sent, False, 3 * pieces * runs))
     if travel:
         tokens = batch // layout.samples * (seq // layout.seq)
         sent = rows_sent(config, layout, tokens)

@@ -295,7 +295,7 @@ def _within(
         groups=groups,
         loops=loops,
         conditional=conditional,
-        branches=_branches(this),
+        branches=_branches(frame, this),
         asynchronous=wrapped or this.opcode.endswith("-start") or chain_of(this) is not None,
         between_slices=False,
         name=this.name,
@@ -330,17 +330,34 @@ def _between_slices(
         groups=groups,
         loops=loops,
         conditional=conditional,
-        branches=_branches(this),
+        branches=_branches(frame, this),
         asynchronous=True,
         between_slices=True,
         name=this.name,
     )
 
 
-def _branches(this: hlo.Instruction) -> tuple[tuple[str, int], ...]:
-    """Where JAX says that the instruction comes from."""
-    found = re.findall(r"\bbranch\.([\w.\-]+)/cond/branch_(\d+)_fun", this.attributes)
+_BRANCH = re.compile(r"\bbranch\.([\w.\-]+)/cond/branch_(\d+)_fun")
+
+
+def _branches(frame: hlo.Frame, this: hlo.Instruction) -> tuple[tuple[str, int], ...]:
+    """Where JAX says that the instruction comes from, or what runs it: XLA's own have no name."""
+    found = _BRANCH.findall(this.attributes)
+    while not found and frame.call is not None and frame.parent is not None:
+        found = _BRANCH.findall(_name_of_branch(frame) or frame.call.attributes)
+        frame = frame.parent
     return tuple((name, int(index)) for name, index in found)
+
+
+def _name_of_branch(frame: hlo.Frame) -> str | None:
+    """What JAX calls instructions of the frame, if it is a branch with a name."""
+    call = frame.call
+    if call is None or call.opcode != "conditional":
+        return None
+    name = re.search(r'op_name="([^"]*\bbranch\.[\w.\-]+/cond)"', call.attributes)
+    numbered = call.refers("branch_computations")
+    ways = numbered or call.refers("false_computation", "true_computation")
+    return name and f"{name[1]}/branch_{ways.index(frame.computation.name)}_fun"
 
 
 def _device_order(compiled: Any) -> list[jax.Device] | None:

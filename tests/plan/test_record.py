@@ -53,6 +53,8 @@ def test_bytes_within_a_twentieth(name):
     for axis, sent in predicted.items():
         # The compiler's word is of a step in which models are exchanged.
         times = case.algorithm.every if axis == "data" else 1
+        if max(sent * times, compiled[axis]) < 0.01 * total:
+            continue
         assert sent * times == pytest.approx(compiled[axis], rel=ROUGH.get((name, axis), 0.05)), (
             axis
         )

@@ -268,6 +268,30 @@ def test_branches_are_marked():
     }
 
 
+def test_a_branch_is_told_by_what_runs_it():
+    """Also where XLA left an instruction without the name that JAX gave it."""
+    mesh = mesh_of((4, 2), ("data", "model"))
+
+    def body(x):
+        def often(y):
+            return jax.lax.fori_loop(0, 3, lambda _, z: jax.lax.psum(z * z, "model"), y)
+
+        with jax.named_scope("branch.exchange"):
+            return jax.lax.cond(x[0] > 0, often, lambda y: jax.lax.pmax(y, "data"), x)
+
+    text = compile_mapped(body, mesh, x_of(8)).as_text()
+    bare = [
+        re.sub(r"metadata=\{[^}]*\}", "", line) if "all-reduce" in line else line
+        for line in text.splitlines()
+    ]
+    for program in (text, "\n".join(bare)):
+        listed = collectives(program, mesh)
+        assert {(c.axes, c.branches) for c in listed} == {
+            (("model",), (("exchange", 1),)),
+            (("data",), (("exchange", 0),)),
+        }
+
+
 def test_what_the_partitioner_inserts():
     mesh = mesh_of((4, 2), ("data", "model"))
 

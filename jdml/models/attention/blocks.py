@@ -15,11 +15,12 @@ Staats, "Self-attention does not need O(n²) memory", 2021; Dao et al., "FlashAt
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+_T = TypeVar("_T")
 _LOWEST = jnp.finfo(jnp.float32).min
 _SEQ = 3  # of queries [batch, kv_heads, group, seq, head_dim]; keys have theirs one earlier
 
@@ -176,7 +177,7 @@ def attend_pairs(
         )
         return Summed(*(_put(x, new, at) for x, new in zip(summed, after, strict=True)))
 
-    return jax.lax.fori_loop(0, pairs.count, add, summed)
+    return _walk(pairs.count, add, summed)
 
 
 def finish(summed: Summed, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -236,7 +237,21 @@ def gradients_of_pairs(
             _add(gradients.value, new.value, keys_at, _SEQ - 1),
         )
 
-    return jax.lax.fori_loop(0, pairs.count, add, gradients)
+    return _walk(pairs.count, add, gradients)
+
+
+def _walk(count: Any, add: Callable[[jax.Array, _T], _T], start: _T) -> _T:
+    """``jax.lax.fori_loop(0, count, add, start)``, never as a scan.
+
+    A scan whose numbers are known and whose arrays are not is split by JAX in two where it is
+    differentiated or checkpointed within the layers' scan: the first, outside the layers, would
+    keep the masks of all pairs, [count, batch, kv_heads, group, block, block].
+    """
+
+    def turn(carry: tuple[jax.Array, _T]) -> tuple[jax.Array, _T]:
+        return carry[0] + 1, add(*carry)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < count, turn, (jnp.int32(0), start))[1]
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:

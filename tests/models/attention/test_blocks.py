@@ -1,6 +1,8 @@
 """One device: blocks of scores give what all scores give, and are never all there."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +139,21 @@ def test_refuses_words_it_does_not_know():
         divided_attention(x, x, x, order="spiral")
     with pytest.raises(ValueError, match="one float dtype"):
         divided_attention(x, x.astype(jnp.bfloat16), x)
+
+
+def test_masks_of_all_pairs_are_nowhere():
+    """Not before layers that are scanned and computed again, where JAX puts what it knows early."""
+    block = 8
+
+    @jax.checkpoint
+    def layer(x, weight):
+        return x + divided_attention(x * weight, x, x, block=block), None
+
+    def loss(weights, x):
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2,), (1, 2, 64, 4))]
+    text = str(jax.make_jaxpr(jax.grad(loss))(*shapes))
+    masks = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"bool\[([\d,]+)\]", text)]
+    assert masks
+    assert max(masks) <= 2 * block**2
