@@ -52,10 +52,10 @@ STREAM_COPIES = 6
 """Arrays [batch, seq, embed] that the same layer needs."""
 HIDDEN_COPIES = 3
 """Arrays [batch, seq, mlp] that it needs; not at the same time as the scores."""
-EXPERT_COPIES = 6
-"""Arrays of each width that rows at their experts need."""
+EXPERT_COPIES = 8
+"""Arrays of each width that rows at their experts need: four, and their gradients."""
 LARGEST_IN_SCRATCH = 64 * 2**20
-"""Bytes of an array from which on it is not put into a TPU's scratch memory."""
+"""Bytes of the largest array that is put into a TPU's scratch memory."""
 
 
 def predict_memory(
@@ -119,7 +119,8 @@ def predict_memory(
     working = STREAM_COPIES * stream + max(
         topology.chip.score_bytes * scores, HIDDEN_COPIES * hidden
     )
-    if divided_config(config, layout).attention not in DIVIDED:
+    # What a ring or a pipeline's branch works on was seen to stay in memory.
+    if layout.stage == 1 and divided_config(config, layout).attention != "ring":
         working = _beyond_scratch(working, max(4 * scores, hidden), topology)
     heads_gradient = 4 * head // layout.fsdp if scattered or pieces else width * head
     if summed_whole:
@@ -164,8 +165,8 @@ def _travelling(config: TransformerConfig, layout: Layout, tokens: int) -> float
                 tokens, config.experts_per_token, config.num_experts, layout.expert
             )
             rows, rounds = layout.expert * size, 2
-        # Of what the experts are given and return, and of gate, up and their product, the rows and
-        # their gradients; and kernels' gradients of the first round, and of those that may follow.
+        # Rows as they leave, arrive, are returned and come home; gate, up, what is made of the
+        # gate, and the product. Kernels' gradients of the first round, and of those that may follow.
         total += rows * width * EXPERT_COPIES * (config.embed_dim + hidden)
         kernels = 3 * config.num_experts // layout.expert * config.embed_dim * hidden
         total += 4 * rounds * kernels
@@ -174,7 +175,7 @@ def _travelling(config: TransformerConfig, layout: Layout, tokens: int) -> float
 
 def _beyond_scratch(total: float, largest: int, topology: Topology) -> float:
     """What of passing arrays, ``total`` bytes together, is not in the scratch memory."""
-    if largest >= LARGEST_IN_SCRATCH:
+    if largest > LARGEST_IN_SCRATCH:
         return total
     return max(total - topology.chip.scratch, 0.0)
 

@@ -187,10 +187,10 @@ def test_a_task_that_raises_ends_the_run_with_name_and_reason(session):
     with pytest.raises(
         PaceError, match="worker 1 failed after 3 local steps: FloatingPointError: the loss is no"
     ) as caught:
-        run_ray(server, failing_worker, seconds=30, on_failure="end")
+        run_ray(server, failing_worker, seconds=300, on_failure="end")
     assert isinstance(caught.value.__cause__, FloatingPointError)
     with pytest.raises(PaceError, match=r"worker 0 could not start: .*made worker 7"):
-        run_ray(server, wrong_worker, seconds=30)
+        run_ray(server, wrong_worker, seconds=300)
     server.stop()
 
 
