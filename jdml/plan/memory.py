@@ -166,7 +166,7 @@ def _travelling(config: TransformerConfig, layout: Layout, tokens: int) -> float
             )
             rows, rounds = layout.expert * size, 2
         # Rows as they leave, arrive, are returned and come home; gate, up, what is made of the
-        # gate, and the product. Kernels' gradients of the first round, and of those that may follow.
+        # gate, and the product. Kernels' gradients of the first round and of what may follow.
         total += rows * width * EXPERT_COPIES * (config.embed_dim + hidden)
         kernels = 3 * config.num_experts // layout.expert * config.embed_dim * hidden
         total += 4 * rounds * kernels

@@ -9,7 +9,8 @@ formula to them). With b samples of s tokens on a chip and a compute dtype of w 
 - Gradients return by a reduce-scatter; where ``fsdp`` covers more than one dim of a two-dimensional
   torus, by an all-reduce of which each chip keeps its share: twice the bytes; of a layer, on up to
   ``LARGEST_RING`` chips, around a ring beside the product, with two turns more. Where ``model``
-  divides a layer too, its reduce-scatter goes around a ring, with one turn more.
+  divides a layer too, its reduce-scatter goes around a ring, with one turn more. On several slices
+  the last kernels of attention and MLP are all-reduced over more chips than that.
 - With ``model`` a layer adds up ``b s embed w`` bytes twice forward and twice backward, once more
   where the block is computed again; so does the embedding once, and the head its gradient with
   respect to what it multiplied, in f32.
@@ -34,6 +35,8 @@ from jdml.plan.travelling import experts_exchange, sequences_exchange, stages_ex
 
 LARGEST_RING = 16
 """Chips up to which a layer's gradients go around a ring where a reduce-scatter would not."""
+INTO_STREAM = ("attention/out/kernel", "mlp/down/kernel")
+"""Kernels whose gradients a program for several slices joins, and then cannot scatter."""
 
 
 def predict_traffic(
@@ -98,6 +101,8 @@ def _weights(
         # The loss adds up the head's gradient in f32.
         wide = 4 if share.path.startswith("head") else width
         scattered = scatters or (share.stacked and size <= LARGEST_RING)
+        if topology.num_slices > 1 and size > LARGEST_RING and share.path.endswith(INTO_STREAM):
+            scattered = False
         sent = all_reduced(size, wide * share.elements * size) * (0.5 if scattered else 1)
         if share.stacked and scattered and size > 2:
             # Around a ring, beside the product, with one turn more; or around one of two dims, two.

@@ -14,12 +14,8 @@ RECORD = read_record()
 PUBLISHED = [name for name in SCALE if name in RECORD]
 
 ROUGH = {
-    # The same step as on 64 chips, which holds 2.3 GB more.
-    ("llama3-8b-1024", "memory"): 0.17,
-    # The program of before held 0.12 GB more.
-    ("diloco", "memory"): 0.12,
-    # The compiler scatters some of a layer's gradients and sums the others whole.
-    ("llama3-70b-slices", "fsdp"): 0.12,
+    # The compiler scatters the head's gradients with 9 % more rows, and sends these on.
+    ("stages-fsdp", "fsdp"): 0.08,
 }
 """Where the formulas miss by more than they may elsewhere."""
 
@@ -37,9 +33,7 @@ def test_memory_within_a_tenth(name):
     assert memory.parameters == compiled["parameters"]
     assert memory.gradients == compiled["gradients"]
     assert memory.optimiser == pytest.approx(compiled["optimiser"], rel=0.02)
-    assert memory.total == pytest.approx(
-        sum(compiled.values()), rel=ROUGH.get((name, "memory"), 0.10)
-    )
+    assert memory.total == pytest.approx(sum(compiled.values()), rel=0.10)
 
 
 @pytest.mark.parametrize("name", RECORD)
