@@ -126,8 +126,9 @@ def predict_memory(
     if summed_whole:
         heads_gradient = 4 * head
     layer = 4 * stacked + heads_gradient + weights + working + _travelling(config, layout, tokens)
-    # The update: an all-reduce among the workers leaves the gradients beside their means.
-    update = 4 * held * (2 if layout.data > 1 and algorithm.codec is None else 1)
+    # The update: an all-reduce among the workers leaves some gradients beside their means, from a
+    # fifth to all of them.
+    update = 4 * held * (1.5 if layout.data > 1 and algorithm.codec is None else 1)
     if layout.stage > 1:
         update += 4 * held  # and those of the stages beside their sums
     fullest = int(max(narrow + saved + between + max(layer, loss), update))
