@@ -22,8 +22,23 @@ MESHES = {
 }
 NUM_STEPS = 5  # an odd number: the last round of local steps is cut short
 
+
 # Compiling is what costs: the tests of a method run one after the other and share its programs.
 each_method = pytest.mark.parametrize("name", METHODS, scope="module")
+
+
+def compiles_fast(name):
+    """Without a codec; and one of those with."""
+    codecs = ("int8", "PowerSGD", "feedback")
+    with_one = name == "dgc" or any(codec in name for codec in codecs)
+    return not with_one or name == "mean_gradients int8 with error feedback"
+
+
+quick_if_it_compiles_fast = pytest.mark.parametrize(
+    "name",
+    [n if compiles_fast(n) else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+    scope="module",
+)
 
 
 class Run(NamedTuple):
@@ -84,9 +99,7 @@ def is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-@each_method
-@pytest.mark.parametrize("mesh_name", ["one worker", "data", "data×fsdp×model"])
-def test_equals_its_dense_reference(name, mesh_name):
+def check_numbers(name, mesh_name):
     mesh, problem, init, step = build(name, mesh_name)
     num_workers = mesh.shape["data"]
     state, _ = run(init, step, problem)
@@ -106,6 +119,17 @@ def test_equals_its_dense_reference(name, mesh_name):
 
 
 @each_method
+@pytest.mark.parametrize("mesh_name", [pytest.param("one worker", marks=pytest.mark.slow), "data"])
+def test_equals_its_dense_reference(name, mesh_name):
+    check_numbers(name, mesh_name)
+
+
+@quick_if_it_compiles_fast
+def test_equals_its_dense_reference_beside_other_axes(name):
+    check_numbers(name, "data×fsdp×model")
+
+
+@quick_if_it_compiles_fast
 def test_one_worker_is_the_inner_optimiser_alone(name):
     if not METHODS[name].lone_worker_is_inner:
         pytest.skip("it acts on a lone worker too")
@@ -121,7 +145,7 @@ def test_one_worker_is_the_inner_optimiser_alone(name):
         np.testing.assert_allclose(np.asarray(x).reshape(y.shape), y, atol=1e-6)
 
 
-@each_method
+@quick_if_it_compiles_fast
 def test_state_keeps_shapes_dtypes_and_shardings(name):
     _, problem, init, step = build(name, "data×fsdp×model")
 
@@ -137,7 +161,7 @@ def test_state_keeps_shapes_dtypes_and_shardings(name):
         assert is_key(x) or np.isfinite(np.asarray(x, np.float32)).all()
 
 
-@each_method
+@quick_if_it_compiles_fast
 def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
     _, problem, init, step = build(name, "data×fsdp×model")
     whole, _ = run(init, step, problem)
@@ -153,7 +177,7 @@ def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@each_method
+@quick_if_it_compiles_fast
 def test_learns_beside_a_mask(name):
     """A masked transformation sees fewer leaves, in the same places."""
     _, problem, init, step = build(name, "data×model")

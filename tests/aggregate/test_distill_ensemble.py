@@ -130,18 +130,22 @@ def close(state, models, atol=2e-6):
 
 
 # Every mesh, both routes, both kinds of sharing, inputs common or not: each at least twice.
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 CASES = [
-    ("data", "own", "outputs", False),
+    slow("data", "own", "outputs", False),
     ("data", "inputs", "parameters", False),
-    ("data", "own", "parameters", True),
+    slow("data", "own", "parameters", True),
     ("data×model", "own", "parameters", False),
     ("data×model", "own", "outputs", True),
     ("data×fsdp×model", "inputs", "outputs", False),
-    ("data×fsdp×model", "own", "parameters", False),
+    slow("data×fsdp×model", "own", "parameters", False),
     ("two worker axes", "own", "outputs", False),
-    ("two worker axes", "inputs", "parameters", True),
-    ("one worker", "own", "outputs", False),
-    ("one worker", "inputs", "parameters", False),
+    slow("two worker axes", "inputs", "parameters", True),
+    slow("one worker", "own", "outputs", False),
+    slow("one worker", "inputs", "parameters", False),
 ]
 
 
@@ -231,7 +235,7 @@ def test_a_codec_that_draws_gets_keys_of_the_rounds():
     distil.round(step, state, batches())
 
 
-@pytest.mark.parametrize("route", ["outputs", "parameters"])
+@pytest.mark.parametrize("route", ["outputs", slow("parameters")])
 @pytest.mark.parametrize("of", ["outputs", "probabilities", "log_probabilities"])
 def test_answers_are_the_ensembles_and_jensens_bound_holds(route, of):
     """What the workers are told of their samples is no worse than what they said, on average."""
@@ -311,6 +315,7 @@ def test_the_models_do_not_grow():
     assert memory.temp_size_in_bytes < 2.5 * model
 
 
+@pytest.mark.slow
 def test_resumes_between_rounds_bit_for_bit(tmp_path):
     def rounds(distil, step, state, source, num):
         for _ in range(num):

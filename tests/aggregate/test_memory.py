@@ -127,7 +127,12 @@ def test_keeps_as_many_copies_as_stated(name):
     assert INNER + KEPT[name] <= copies <= INNER + KEPT[name] + small
 
 
-@pytest.mark.parametrize("name", WORKING)
+QUICK = ("mean_gradients", "average_params H=2", "parameter_server", "gossip")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WORKING]
+)
 def test_a_compiled_step_holds_no_more(name, plain):
     state, memory = analysed(METHODS[name].make(optax.adamw(1e-2)))
     own = device_bytes(state)

@@ -27,6 +27,7 @@ def bench():
     return Bench(TINY)
 
 
+@pytest.mark.slow
 def test_a_method_and_its_hand_written_steps_train_alike(bench):
     """So they do the same work, alone and together."""
     name = "average_params"

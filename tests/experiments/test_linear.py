@@ -38,10 +38,10 @@ def bench():
     ("method", "grid", "vectors", "scalars"),
     [
         # A pass: gradient's 64 parameters, or 80 margins.
-        ("gradient descent", (2, 1), 64, 16),
+        pytest.param("gradient descent", (2, 1), 64, 16, marks=pytest.mark.slow),
         ("gradient descent", (1, 2), 80, 16),
         # Parameters are gathered twice, 32 from each; its pairs' products are sums, too.
-        ("L-BFGS", (1, 2), 80, 128),
+        pytest.param("L-BFGS", (1, 2), 80, 128, marks=pytest.mark.slow),
         ("GIANT", (2, 1), 2 * 64, 16),
         ("feature CoCoA", (1, 2), 80, 16),
     ],

@@ -36,10 +36,7 @@ MODELS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("gpt2", "mlp") else [pytest.mark.slow])
-        for name in MODELS
-    ],
+    [pytest.param(name, marks=[] if name == "mlp" else [pytest.mark.slow]) for name in MODELS],
 )
 def test_the_loss_falls(name):
     """Labels at random: the model must learn its batch by heart."""

@@ -85,7 +85,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", ["int8", "local"])
+@pytest.mark.parametrize("method", ["int8", pytest.param("local", marks=pytest.mark.slow)])
 def test_stopping_and_resuming_changes_nothing(mesh, tmp_path, method):
     codec = error_feedback(int8(16))
     tx = (

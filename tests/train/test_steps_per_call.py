@@ -68,7 +68,9 @@ class Runs:
         self.donated = all(x.is_deleted() for x in jax.tree.leaves(given.params))
 
 
-@pytest.fixture(scope="module", params=CHAINS)
+@pytest.fixture(
+    scope="module", params=["local SGD", pytest.param("delayed", marks=pytest.mark.slow)]
+)
 def runs(request):
     return Runs(CHAINS[request.param])
 

@@ -73,7 +73,7 @@ def on_one_axis(method):
 
 
 @pytest.mark.parametrize("mapping", ["vmap", "shard_map"])
-@pytest.mark.parametrize("method", ["exact", "local"])
+@pytest.mark.parametrize("method", ["exact", pytest.param("local", marks=pytest.mark.slow)])
 def test_the_numbers_of_one_axis(method, mapping):
     expected = on_one_axis(method)
     # Either order of the names: worker k is the k-th as they are named.
@@ -84,7 +84,7 @@ def test_the_numbers_of_one_axis(method, mapping):
     assert_close(got[3].consensus(got[0]), expected[3].consensus(expected[0]))
 
 
-@pytest.mark.parametrize("mapping", ["vmap", "shard_map"])
+@pytest.mark.parametrize("mapping", ["vmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_with_micro_batches_and_batch_axes(mapping):
     """Also on a mesh on which "data" stands after the axis that divides each worker's samples."""
     options = {"mapping": mapping, "accumulate": 2, "batch_axes": ("fsdp",)}
@@ -104,7 +104,7 @@ def test_a_tuple_of_one_is_the_axis_itself():
 
 
 def test_per_worker_leaves_are_divided_over_all_worker_axes():
-    state, *_ = train(two_axes(), AXES, "local", 1)
+    state, *_ = train(two_axes(), AXES, "local", 0)
     for leaf in (state.params["in"]["kernel"], state.opt_state[1].residual["in"]["kernel"]):
         assert (leaf.shape, leaf.sharding.spec) == ((4, 8, 16), P(AXES, None, "model"))
     assert state.opt_state[1].anchor["in"]["kernel"].sharding.spec == P(None, "model")
@@ -122,6 +122,7 @@ def test_a_mean_over_one_of_them_leaves_one_model_for_each_of_the_other():
     assert np.abs(kernel[0] - kernel[2]).max() > 0
 
 
+@pytest.mark.slow
 def test_the_exchange_spans_both_axes_and_no_other():
     _, _, init, step = train(two_axes(), AXES, "int8", 0)
     abstract = init.abstract(pytree_problem(two_axes()).params)
@@ -206,7 +207,7 @@ def test_the_loop_counts_what_goes_over_either_axis():
     sent = []
     for mesh, workers in [(one_axis(1), "data"), (two_axes(1), AXES[::-1])]:
         problem = pytree_problem(mesh)
-        init, step = make_step(problem.loss_fn, METHODS["int8"](workers), mesh, workers)
+        init, step = make_step(problem.loss_fn, METHODS["exact"](workers), mesh, workers)
         text, log = io.StringIO(), MetricsLog(None)
         fit(
             step,

@@ -50,7 +50,9 @@ def test_the_objective_of_scikit_learn(case, method, num):
     assert found.value == pytest.approx(least(case), rel=1e-8)
 
 
-@pytest.mark.parametrize(("case", "num"), [("logistic", 4), ("ridge", 5)])
+@pytest.mark.parametrize(
+    ("case", "num"), [pytest.param("logistic", 4, marks=pytest.mark.slow), ("ridge", 5)]
+)
 def test_sharing_finds_the_minimum(case, num):
     problem = problem_of(case, intercept=False)
     alone = solve(problem, newton_cholesky(), 1e-10, progress=False).value

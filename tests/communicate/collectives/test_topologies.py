@@ -172,6 +172,12 @@ def test_equals_the_dense_reference(topology, num_workers, two_sided):
     np.testing.assert_allclose(alone, expected_mean[:SIZE], atol=2e-6)
 
 
+def some(topologies):
+    """Two are quick, the others slow."""
+    quick = ("hierarchical", "ring")
+    return [t if t in quick else pytest.param(t, marks=pytest.mark.slow) for t in topologies]
+
+
 # --- What holds whatever the codec --------------------------------------------------------------
 
 
@@ -200,7 +206,13 @@ def check_debt(topology, codec, x, **where):
 @pytest.mark.parametrize(
     ("num_workers", "codec"),
     # Three and four workers with int8: their residuals equal the dense reference's, above.
-    [(2, "int8"), (8, "int8"), (4, "stochastic"), (3, "stochastic"), (4, "top_k")],
+    [
+        (3, "stochastic"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, "int8"), (8, "int8"), (4, "stochastic"), (4, "top_k")]
+        ),
+    ],
 )
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_residuals_average_to_what_the_mean_still_owes(topology, num_workers, codec):
@@ -208,13 +220,13 @@ def test_residuals_average_to_what_the_mean_still_owes(topology, num_workers, co
     check_debt(topology, CODECS[codec], x)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", some(TOPOLOGIES))
 def test_several_axes_in_another_order_than_the_mesh_has(topology):
     x = {"a": draw(8, 50)}
     check_debt(topology, int8(16), x, shape=(("a", 2), ("b", 2), ("c", 2)), axes=("c", "a", "b"))
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", some(TOPOLOGIES))
 def test_each_device_exchanges_the_shard_it_holds(topology):
     """Inside a region that is manual over the workers, with another axis left to the partitioner;
     one leaf is divided over it, the other is not and comes back as one."""
@@ -259,7 +271,7 @@ def test_a_value_that_is_not_finite_reaches_the_mean_alone(topology, bad):
     assert np.isfinite(rest).all()
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", some(TOPOLOGIES))
 def test_error_feedback_pays_its_debt_over_rounds(topology):
     """The sum of T means differs from the sum of exact ones by one residual, not by T errors."""
     x = draw(4, SIZE)

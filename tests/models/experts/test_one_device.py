@@ -30,7 +30,12 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize(
-    ("form", "gated"), [("capacity", True), ("dropless", True), ("dropless", False)]
+    ("form", "gated"),
+    [
+        ("capacity", True),
+        ("dropless", True),
+        pytest.param("dropless", False, marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_gradients_equal_the_dense_evaluation(form, gated):
     given = operands(gated)

@@ -66,6 +66,7 @@ def test_automatic_axes(axes, schedule):
     assert [c.count for c in permutes] == [pipe.timetable.ticks] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "schedule"),
     [
