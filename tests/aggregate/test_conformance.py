@@ -23,22 +23,24 @@ MESHES = {
 NUM_STEPS = 5  # an odd number: the last round of local steps is cut short
 
 
-# Compiling is what costs: the tests of a method run one after the other and share its programs.
-each_method = pytest.mark.parametrize("name", METHODS, scope="module")
+# Dear to compile; one of them stays.
+WITH_A_CODEC = [
+    n for n in METHODS if n == "dgc" or any(c in n for c in ("int8", "PowerSGD", "feedback"))
+]
+WITH_A_CODEC.remove("mean_gradients int8 with error feedback")
+# Their own tests compare these with what is exact.
+COMPARED_ELSEWHERE = [
+    "parameter_server int8 with error feedback",
+    "one_bit_adam int8 with error feedback",
+    "zero_one_adam int8 with error feedback",
+    "dgc",
+]
 
 
-def compiles_fast(name):
-    """Without a codec; and one of those with."""
-    codecs = ("int8", "PowerSGD", "feedback")
-    with_one = name == "dgc" or any(codec in name for codec in codecs)
-    return not with_one or name == "mean_gradients int8 with error feedback"
-
-
-quick_if_it_compiles_fast = pytest.mark.parametrize(
-    "name",
-    [n if compiles_fast(n) else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
-    scope="module",
-)
+def each_method(slow=()):
+    """Compiling is what costs: a method's tests run one after the other and share its programs."""
+    names = [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in METHODS]
+    return pytest.mark.parametrize("name", names, scope="module")
 
 
 class Run(NamedTuple):
@@ -118,18 +120,18 @@ def check_numbers(name, mesh_name):
             np.testing.assert_allclose(mine, y, atol=atol, err_msg=str((k, path)))
 
 
-@each_method
+@each_method(slow=COMPARED_ELSEWHERE)
 @pytest.mark.parametrize("mesh_name", [pytest.param("one worker", marks=pytest.mark.slow), "data"])
 def test_equals_its_dense_reference(name, mesh_name):
     check_numbers(name, mesh_name)
 
 
-@quick_if_it_compiles_fast
+@each_method(slow=WITH_A_CODEC)
 def test_equals_its_dense_reference_beside_other_axes(name):
     check_numbers(name, "data×fsdp×model")
 
 
-@quick_if_it_compiles_fast
+@each_method(slow=WITH_A_CODEC)
 def test_one_worker_is_the_inner_optimiser_alone(name):
     if not METHODS[name].lone_worker_is_inner:
         pytest.skip("it acts on a lone worker too")
@@ -145,7 +147,7 @@ def test_one_worker_is_the_inner_optimiser_alone(name):
         np.testing.assert_allclose(np.asarray(x).reshape(y.shape), y, atol=1e-6)
 
 
-@quick_if_it_compiles_fast
+@each_method(slow=WITH_A_CODEC)
 def test_state_keeps_shapes_dtypes_and_shardings(name):
     _, problem, init, step = build(name, "data×fsdp×model")
 
@@ -161,7 +163,7 @@ def test_state_keeps_shapes_dtypes_and_shardings(name):
         assert is_key(x) or np.isfinite(np.asarray(x, np.float32)).all()
 
 
-@quick_if_it_compiles_fast
+@each_method(slow=WITH_A_CODEC)
 def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
     _, problem, init, step = build(name, "data×fsdp×model")
     whole, _ = run(init, step, problem)
@@ -177,7 +179,7 @@ def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@quick_if_it_compiles_fast
+@each_method(slow=WITH_A_CODEC)
 def test_learns_beside_a_mask(name):
     """A masked transformation sees fewer leaves, in the same places."""
     _, problem, init, step = build(name, "data×model")

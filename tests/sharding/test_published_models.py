@@ -180,6 +180,7 @@ def test_rules_divide_the_published_shapes(name):
     assert {path: found[path] for path in example.layout} == dict(example.layout)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_each_workers_samples(alone):
     """Why the yardstick for batch norm has as many shares as the mesh has workers."""
     one, two = (np.array(alone("flax mnist", n)) for n in (1, 2))

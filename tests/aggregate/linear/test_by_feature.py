@@ -62,7 +62,11 @@ def test_sharing_finds_the_minimum(case, num):
     assert found.value == pytest.approx(alone, rel=1e-8)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow) if m.name == "jacobi" else m for m in METHODS],
+    ids=lambda m: m.name,
+)
 def test_workers_of_a_mesh_do_what_is_simulated(method):
     problem = problem_of("logistic", intercept=False)
     rows = scipy.sparse.csr_array(np.where(np.abs(data("cancer")[0]) > 0.7, data("cancer")[0], 0))

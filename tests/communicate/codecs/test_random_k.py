@@ -18,7 +18,11 @@ def draws(codec, x):
     return np.asarray(one(KEYS), np.float64)
 
 
-@pytest.mark.parametrize(("length", "k"), [(12, 3), (10, 7), (7, 7), (11, 1), (50, 0.3)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("length", "k"), [(12, 3), slow(10, 7), (7, 7), (11, 1), slow(50, 0.3)])
 def test_every_element_is_sent_with_probability_k_of_d(length, k):
     codec = random_k(k)
     sent = draws(codec, np.ones(length, np.float32))
@@ -31,6 +35,7 @@ def test_every_element_is_sent_with_probability_k_of_d(length, k):
         assert len(np.unique(sent, axis=0)) > length
 
 
+@pytest.mark.slow
 def test_contracts_on_average_by_k_of_d_exactly():
     x = gaussian(40)
     error = ((draws(random_k(10), x) - x) ** 2).sum(1).mean()

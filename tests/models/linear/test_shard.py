@@ -42,7 +42,11 @@ def mesh_of(**shape):
 DIVISIONS = [(4, 1), (1, 4), (2, 3)]
 
 
-@pytest.mark.parametrize("grid", [*DIVISIONS, (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [*(pytest.param(g, marks=pytest.mark.slow) for g in DIVISIONS[:2]), DIVISIONS[2], (1, 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_simulated_workers_have_the_same_problem(grid, sparse):
     loss = multinomial(3) if grid == (2, 3) else None
