@@ -55,7 +55,7 @@ def quadratic(problem):
     [
         {},
         pytest.param({"over_relaxation": 1.6}, marks=pytest.mark.slow),
-        {"adaptive": True, "rho": 0.02},
+        pytest.param({"adaptive": True, "rho": 0.02}, marks=pytest.mark.slow),
     ],
 )
 def test_ridge_reaches_the_closed_form(problem, options):

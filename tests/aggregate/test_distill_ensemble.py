@@ -140,7 +140,7 @@ CASES = [
     slow("data", "own", "parameters", True),
     ("data×model", "own", "parameters", False),
     ("data×model", "own", "outputs", True),
-    ("data×fsdp×model", "inputs", "outputs", False),
+    slow("data×fsdp×model", "inputs", "outputs", False),
     slow("data×fsdp×model", "own", "parameters", False),
     ("two worker axes", "own", "outputs", False),
     slow("two worker axes", "inputs", "parameters", True),

@@ -119,7 +119,13 @@ def test_every_method_is_listed():
     assert set(KEPT) == set(METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+DEAR = ("int8", "PowerSGD", "feedback", "dgc")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if any(d in n for d in DEAR) else n for n in METHODS],
+)
 def test_keeps_as_many_copies_as_stated(name):
     state, _ = planned(METHODS[name].make(optax.adamw(1e-2)))
     copies = device_bytes(state) / COPY

@@ -28,7 +28,9 @@ def one_model(state):
 
 
 @pytest.mark.parametrize("max_interval", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("schedule", [1e-2, optax.linear_schedule(0.0, 1e-2, 4)])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(1e-2, marks=pytest.mark.slow), optax.linear_schedule(0.0, 1e-2, 4)]
+)
 def test_with_both_schedules_at_every_step_it_is_adam(max_interval, schedule):
     """With an exact codec, to rounding; a rate of 0 loses no momentum."""
     tx = zero_one_adam(

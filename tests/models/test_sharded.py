@@ -60,6 +60,7 @@ def test_gradients_per_worker_equal_those_of_one_device(make, tokens, chunk_size
     assert {(c.kind, *c.axes) for c in collectives(compiled, mesh)} == {("all-reduce", "model")}
 
 
+@pytest.mark.slow
 def test_fewer_key_heads_than_devices(make, tokens):
     """Keys and values whole, queries divided: the repeated copies must follow the queries."""
     mesh = make_mesh({"data": 2, "model": 4})

@@ -145,7 +145,7 @@ def alone():
     return losses
 
 
-QUICK = [("flax mnist", "2x2x2"), ("flax scaled up", "2x2x2")]
+QUICK = [("flax scaled up", "2x2x2")]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ def test_a_mean_of_low_rank_is_exact(mesh, warm_start):
     assert np.abs(state.residual["w"].mean(0)).max() < 1e-5 * np.abs(x).max()
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(8, 20), *(pytest.param(s, marks=pytest.mark.slow) for s in [(20, 8), (8, 8)])]
+)
 def test_full_rank_is_the_exact_mean(mesh, shape):
     x = gaussian(K, *shape)
     ((mean, _),) = rounds(mesh, power_sgd(8, min_ratio=0), [{"w": x}])
@@ -362,7 +364,9 @@ def test_sends_as_little_where_leaves_are_divided_and_gathers_none():
     assert not {c.axes for c in found} - {("data",), ("model",)}
 
 
-@pytest.mark.parametrize("name", ["mean_gradients", "average_params"])
+@pytest.mark.parametrize(
+    "name", ["mean_gradients", pytest.param("average_params", marks=pytest.mark.slow)]
+)
 def test_only_the_residual_is_per_worker(name):
     codec = power_sgd(1, min_ratio=1)
     tx = {

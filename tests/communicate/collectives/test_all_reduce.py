@@ -32,7 +32,7 @@ def run(mesh, x, codec=None, residual=None, check_vma=True):
     return jax.jit(f)(x, residual)
 
 
-@pytest.mark.parametrize("codec", [None, int8(16)])
+@pytest.mark.parametrize("codec", [pytest.param(None, marks=pytest.mark.slow), int8(16)])
 def test_any_leaf_shape_and_dtype(mesh, codec):
     keys = iter(jax.random.split(jax.random.key(1), 6))
     x = {

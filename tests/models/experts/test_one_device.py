@@ -110,7 +110,7 @@ def test_bfloat16_stays_bfloat16():
     np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=0.03 * jnp.abs(wanted).max())
 
 
-@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_products_of_groups(block, mapped):
     """``ragged_dot`` and the loop over blocks, gradients included; mapped over two of each."""
