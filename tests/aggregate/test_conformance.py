@@ -172,7 +172,7 @@ def test_state_keeps_shapes_dtypes_and_shardings(name):
         assert is_key(x) or np.isfinite(np.asarray(x, np.float32)).all()
 
 
-@each_method(FAST)
+@each_method(A_FEW)
 def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
     _, problem, init, step = build(name, "data×fsdp×model")
     whole, _ = run(init, step, problem)

@@ -150,7 +150,7 @@ def gaussian(num_steps):
 
 @pytest.mark.parametrize(
     ("values", "nesterov"),
-    [(None, False), slow(None, True), slow(top_k(1.0), False), (top_k(1.0), True)],
+    [(None, False), (None, True), slow(top_k(1.0), False), slow(top_k(1.0), True)],
 )
 def test_without_sparsity_it_is_synchronous_momentum_sgd(nesterov, values):
     """Also where every worker's v is said by a codec that loses nothing."""
@@ -177,6 +177,7 @@ def test_without_momentum_it_is_top_k_with_error_feedback():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_was_not_said_is_all_there():
     """Without momentum: the sum of the updates and the mean of v are the sum of the gradients."""
     gradients = gaussian(4)

@@ -218,6 +218,7 @@ def test_a_codec_goes_over_the_wire_and_changes_little():
     assert counted == distil.exchange(state.params, batch).sent
 
 
+@pytest.mark.slow
 def test_a_codec_that_draws_gets_keys_of_the_rounds():
     _, distil, init, step = build(
         codec=int4(8, rounding="stochastic"), num_batches=1, distill_steps=1

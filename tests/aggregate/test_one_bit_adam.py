@@ -110,6 +110,7 @@ def quadratic(codec, dead):
     return np.asarray(state.params["w"])
 
 
+@pytest.mark.slow
 def test_an_element_without_variance_stays_where_it_is():
     """A codec with one magnitude for all says that it has momentum."""
     dead = np.arange(64) % 3 == 0

@@ -197,7 +197,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--mesh.data", "3"), "8"),
+        slow(("--mesh.data", "3"), "8"),
         slow(("--mesh.data", "-1", "--mesh.model", "-1"), "-1"),
         slow(("--batch", "6"), "6"),
         slow(("--model.num-heads", "3", "--model.num-kv-heads", "3"), "attention/key/kernel"),

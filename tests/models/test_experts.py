@@ -150,7 +150,7 @@ def test_the_loss_is_the_sum_of_its_parts(models, on_one_device, tokens):
     ("axes", "name"),
     [
         pytest.param({"data": 2, "expert": 4}, "dropless", marks=pytest.mark.slow),
-        ({"data": 2, "expert": 2, "model": 2}, "capacity"),
+        pytest.param({"data": 2, "expert": 2, "model": 2}, "capacity", marks=pytest.mark.slow),
         pytest.param({"data": 2, "expert": 4}, "capacity", marks=pytest.mark.slow),
         pytest.param({"data": 2, "expert": 2, "model": 2}, "dropless", marks=pytest.mark.slow),
     ],

@@ -82,7 +82,8 @@ def test_fewer_key_heads_than_devices(make, tokens):
     assert all(size <= kv_shard for c in found for size in c.operand_bytes)
 
 
-@pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [None, 4])
 def test_a_divided_sequence(make, tokens, chunk_size):
     """Positions over an axis between the blocks and in the loss, with and without chunks."""
     mesh = make_mesh({"data": 2, "seq": 2, "model": 2})

@@ -139,6 +139,7 @@ def test_processes_that_differ_all_say_how_and_end_in_seconds(tmp_path, mode, di
     assert seconds < 45  # JAX alone waits 300 s for those that do not end
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_with_a_code_does_not_wait_for_the_others(tmp_path):
     done, seconds = two_processes(tmp_path, "exit")
     assert done.returncode == 7, done.stderr

@@ -133,6 +133,7 @@ def test_error_feedback_may_be_taken_up_or_dropped_with_a_reset(saved, tmp_path)
     train(state, with_feedback[1], 3, 1)
 
 
+@pytest.mark.slow
 def test_of_a_reducer_the_debt_moves_and_the_rest_stays(tmp_path):
     codec = power_sgd(1)
     init, step, params = build({"data": 4}, codec)

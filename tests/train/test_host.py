@@ -53,7 +53,7 @@ def arrays(state):
     ("chain", "zero", "steps_per_call"),
     [
         ("local", 0, 1),
-        ("int8", 1, 1),
+        pytest.param("int8", 1, 1, marks=pytest.mark.slow),
         pytest.param("int8", 2, 2, marks=pytest.mark.slow),
         pytest.param("int8", 3, 1, marks=pytest.mark.slow),
     ],

@@ -184,7 +184,7 @@ def recurrent_problem(mesh, dtype):
         slow("exact", "recurrent f32", "data×model"),
         slow("local", "recurrent f32", "data×model"),
         slow("exact", "recurrent bf16", "data×model"),
-        ("local", "recurrent bf16", "data×model"),
+        slow("local", "recurrent bf16", "data×model"),
     ],
 )
 def test_both_mappings_over_the_workers_are_one(method, model, mesh_name):
@@ -320,7 +320,7 @@ def test_int8_adds_bytes_on_the_worker_axis_and_nothing_elsewhere(mesh_name):
 
 
 @pytest.mark.parametrize(
-    ("mesh_name", "mapping"), [("data×model", "shard_map"), ("data×fsdp×model", "vmap")]
+    ("mesh_name", "mapping"), [slow("data×model", "shard_map"), ("data×fsdp×model", "vmap")]
 )
 def test_accumulation_equals_the_whole_batch(mesh_name, mapping):
     mesh = mesh_of(mesh_name)
@@ -332,7 +332,7 @@ def test_accumulation_equals_the_whole_batch(mesh_name, mapping):
     np.testing.assert_allclose(whole_losses, parts_losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mapping", ["vmap", "shard_map"])
+@pytest.mark.parametrize("mapping", ["vmap", slow("shard_map")])
 def test_keys_differ_by_worker_step_and_micro_batch(mapping):
     mesh = mesh_of("data×model")
 

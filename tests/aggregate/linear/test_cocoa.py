@@ -131,6 +131,7 @@ def test_a_measured_sigma_is_the_quotient_of_the_round():
     assert found.value == pytest.approx(least, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_rounds_grow_by_at_most_two_with_a_measured_sigma():
     random = np.random.default_rng(0)
     x = random.normal(size=(1600, 400)) / 20

@@ -11,13 +11,29 @@ from jdml.communicate.codecs.packing import pack, unpack
 from tests.communicate.codecs.registry import CODECS
 
 # Compiling is what costs: the tests of a codec run one after the other and share its program.
-each_codec = pytest.mark.parametrize("name", CODECS, scope="module")
+# Variants of a codec beside them are slow.
+SLOW = (
+    "int8, odd block",
+    "int4, block of one",
+    "int2, two-sided",
+    "int2, stochastic",
+    "fp8",
+    "terngrad",
+    "qsgd, one level",
+    "qsgd, most levels",
+)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def each_codec_that(promises):
-    chosen = [n for n, case in CODECS.items() if promises(case)]
+    chosen = [slow(n) if n in SLOW else n for n, case in CODECS.items() if promises(case)]
     return pytest.mark.parametrize("name", chosen, scope="module")
 
+
+each_codec = each_codec_that(lambda case: True)
 
 ONE_OF_EACH_CLASS = {type(case.codec): n for n, case in CODECS.items()}.values()
 QUICK = ("bf16", "identity", "fp8, e5m2", "e3m0", "threshold")
@@ -74,15 +90,11 @@ def relative_error(decoded, x):
 SHAPES = [((3, 5, 7), "float16"), ((), "float32"), ((5,), "bfloat16"), ((2, 129), "float64")]
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 # Shapes and dtypes are what Codec itself sees to: all of them for one of each class.
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
-        *((n, *SHAPES[0]) for n in CODECS),
+        *(slow(n, *SHAPES[0]) if n in SLOW else (n, *SHAPES[0]) for n in CODECS),
         *((n, *x) if n in QUICK else slow(n, *x) for n in ONE_OF_EACH_CLASS for x in SHAPES[1:]),
     ],
 )

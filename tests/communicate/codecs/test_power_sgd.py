@@ -207,6 +207,7 @@ def test_stacked_matrices_have_factors_of_their_own(mesh):
     assert state.factors["layers"]["w"].shape == (3, 2, 32)
 
 
+@pytest.mark.slow
 def test_recovers_after_gradients_of_zeros_and_of_low_rank(mesh):
     zeros = np.zeros((K, 24, 32), np.float32)
     one, four = (of_rank(r, 24, 32, seed=r) + zeros for r in (1, 4))
@@ -252,6 +253,7 @@ def test_one_worker_says_nothing_and_loses_nothing():
     assert not state.residual["w"].any()
 
 
+@pytest.mark.slow
 def test_a_round_may_stand_alone(mesh):
     x = of_rank(2, 24, 32) + np.zeros((K, 1, 1), np.float32)
     f = jax.shard_map(

@@ -295,6 +295,7 @@ def test_error_feedback_pays_its_debt_over_rounds(topology):
     assert np.abs(rest).max() < 0.2
 
 
+@pytest.mark.slow
 def test_a_ring_of_eight_is_as_small_a_program_as_one_of_three():
     listed = {}
     for num_workers in (3, 8):

@@ -20,7 +20,7 @@ from jdml.train.estimators import (
 )
 
 
-@parametrize_with_checks([Ridge(), LinearSVC()])
+@parametrize_with_checks([Ridge()])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
@@ -31,6 +31,7 @@ def test_scikit_learns_checks(estimator, check):
         LinearRegression(),
         Lasso(alpha=0.1),
         ElasticNet(alpha=0.1),
+        LinearSVC(),
         LogisticRegression(),
         PoissonRegressor(),
     ]
