@@ -182,6 +182,7 @@ def test_shards_killed_and_frozen_are_restored(session, tmp_path):
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_task_that_raises_ends_the_run_with_name_and_reason(session):
     server = ray_server(start(), Rule(asynchronous(), add(0.5)), 2)
     with pytest.raises(
