@@ -194,6 +194,7 @@ def test_what_is_held_back_moves_to_another_number_of_workers():
     assert debts(state) == {"residual/velocity/a", "residual/unsent/a"}
 
 
+@pytest.mark.slow
 def test_clipping_bounds_what_each_worker_adds():
     gradients = 100 * gaussian(1)
     _, state = run(dgc("data", 0.999, 0.9, clip_norm=2.0), gradients)

@@ -372,6 +372,7 @@ def test_models_are_asked_without_a_key_and_trained_with_different_ones():
     assert seen
 
 
+@pytest.mark.slow
 def test_integer_labels_and_a_loss_of_its_own_for_answers():
     mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
     distil = distill_ensemble(

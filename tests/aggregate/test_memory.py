@@ -133,7 +133,7 @@ def test_keeps_as_many_copies_as_stated(name):
     assert INNER + KEPT[name] <= copies <= INNER + KEPT[name] + small
 
 
-QUICK = ("mean_gradients", "average_params H=2", "parameter_server", "gossip")
+QUICK = ("mean_gradients", "average_params H=2", "parameter_server")
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,7 @@ def test_another_number_of_workers_is_refused_and_the_parameters_can_be_taken_al
     np.testing.assert_array_equal(again.params["w"], state.params["w"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_beside_other_axes(tmp_path):
     tx = parameter_server(INNER["momentum"], "data")
     with Checkpointer(tmp_path) as checkpointer:

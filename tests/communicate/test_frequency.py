@@ -129,6 +129,7 @@ def test_a_delay_is_stable_up_to_the_rate_that_theory_says(steps):
         assert (np.abs(roots).max() < 1) == stable
 
 
+@pytest.mark.slow
 def test_at_a_low_rate_a_delay_costs_its_own_length_and_no_more():
     """Least squares below ``eta L = tau^tau / (tau + 1)^(tau + 1)``, where nothing overshoots: the
     gradients of ``tau`` steps ago are longer than today's, so that the delayed run is never behind

@@ -125,6 +125,7 @@ def test_rows_tell_loss_time_and_bytes(mesh, tmp_path):
     assert_equal(again.state, result.state)
 
 
+@pytest.mark.slow
 def test_the_second_signal_is_not_held_back(mesh, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     run(mesh, tmp_path, 3, Data(signal_at=1))

@@ -64,7 +64,10 @@ def test_sharing_finds_the_minimum(case, num):
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=pytest.mark.slow) if m.name == "jacobi" else m for m in METHODS],
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m.name in ("jacobi", "gauss_seidel") else m
+        for m in METHODS
+    ],
     ids=lambda m: m.name,
 )
 def test_workers_of_a_mesh_do_what_is_simulated(method):

@@ -273,6 +273,7 @@ def test_a_round_may_stand_alone(mesh):
     np.testing.assert_array_equal(jax.jit(unchecked)(x), jax.jit(f)(x))
 
 
+@pytest.mark.slow
 def test_workers_on_two_axes_and_shards_of_the_users_own():
     """A leaf that is not divided over a manual axis stays equal along it; a shard is a matrix."""
     mesh = make_mesh({"group": 2, "member": 2, "model": 2})

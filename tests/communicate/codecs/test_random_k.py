@@ -23,7 +23,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize(
-    ("length", "k"), [(12, 3), slow(10, 7), (7, 7), slow(11, 1), slow(50, 0.3)]
+    ("length", "k"), [(12, 3), slow(10, 7), slow(7, 7), slow(11, 1), slow(50, 0.3)]
 )
 def test_every_element_is_sent_with_probability_k_of_d(length, k):
     codec = random_k(k)

@@ -40,7 +40,8 @@ def test_sends_what_is_above_while_there_is_room(value, capacity):
         np.testing.assert_array_equal(decoded, np.where(np.abs(x) > value, x, 0))
 
 
-@pytest.mark.parametrize("values", [pytest.param(None, marks=pytest.mark.slow), int8(16)])
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [None, int8(16)])
 def test_slots_that_are_not_used_say_nothing(values):
     x = np.zeros(1000, np.float32)
     x[[0, 500, 999]] = [2, -3, 4]

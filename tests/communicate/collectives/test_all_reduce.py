@@ -63,6 +63,7 @@ def test_one_worker_says_nothing_and_loses_nothing():
     assert not np.any(rest)
 
 
+@pytest.mark.slow
 def test_works_in_a_shard_map_without_varying_types(mesh):
     x = np.asarray(jax.random.normal(jax.random.key(0), (K, 50)))
     checked, _ = run(mesh, x, int8(16))
