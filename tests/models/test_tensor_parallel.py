@@ -104,7 +104,8 @@ def over_model(program, mesh, *, inside):
 READERS = {"llama": 5, "gpt2": 4}
 
 
-@pytest.mark.parametrize("form", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_tensor_sums_twice_a_layer(compiled, mesh, form):
     if form == "llama":  # the other's forward pass is in its gradient too
         _, forward = compiled(form, "tensor", False)

@@ -111,6 +111,7 @@ def test_one_worker_has_nothing_to_search():
     assert plain.certificate == searched.certificate
 
 
+@pytest.mark.slow
 def test_a_measured_sigma_is_the_quotient_of_the_round():
     # Workers with the same rows, who solve their subproblems, want the same change: c = K. Workers
     # with columns of their own do not meet: c = 1, and from then on each does what it would alone.

@@ -346,6 +346,7 @@ def test_the_wire_carries_two_factors_of_each_matrix(mesh):
     assert codec.num_elements(tree) == numbers
 
 
+@pytest.mark.slow
 def test_sends_as_little_where_leaves_are_divided_and_gathers_none():
     """Over the model axis thin factors are summed; over the workers', a device's part of them."""
     tx = optax.chain(mean_gradients("data", power_sgd(1, min_ratio=1)), optax.sgd(0.1))

@@ -74,7 +74,7 @@ def test_simulated_workers_have_the_same_problem(grid, sparse):
     ("grid", "sparse"),
     [
         ((2, 3), True),
-        ((4, 1), False),
+        pytest.param((4, 1), False, marks=pytest.mark.slow),
         *(
             pytest.param(grid, sparse, marks=pytest.mark.slow)
             for grid, sparse in [((4, 1), True), ((1, 4), False), ((1, 4), True), ((2, 3), False)]
