@@ -19,7 +19,7 @@ help:
 	@echo 'make train   train a small transformer on eight simulated devices; again: resume'
 	@echo 'make experiment NAME=ensemble  any of experiments/, with what it needs'
 	@echo 'make test    lint, type check and the tests but the slow ones'
-	@echo 'make test-slow  the tests that take more than ten seconds each'
+	@echo 'make test-slow  the tests that take long, and further cases of what the others have'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make test-tpu  the tests that compile for TPU topologies; needs no TPU, x86 Linux only'
 	@echo 'make bench   the benchmarks, or those in BENCHMARKS=links; links needs root on Linux'

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+SLOW = ("communication", "context", "experts", "linear", "partition", "pipeline")
 BLOCK = re.compile(r"```(python|text)\n(.*?)```\n", re.DOTALL)
 
 
@@ -24,7 +25,13 @@ def blocks_of(page):
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
+        for page in PAGES
+    ],
+)
 def test_outputs_are_true(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}

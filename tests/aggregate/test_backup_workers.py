@@ -56,7 +56,9 @@ def test_fewer_than_expected_are_still_a_mean_and_none_is_zero():
     assert float(state.opt_state[0].metrics["backup_arrived"]) == 0
 
 
-@pytest.mark.parametrize("codec", [None, int8(16), error_feedback(int8(16))])
+@pytest.mark.parametrize(
+    "codec", [None, int8(16), pytest.param(error_feedback(int8(16)), marks=pytest.mark.slow)]
+)
 def test_no_backups_is_synchronous_sgd(codec):
     backup, _ = slopes(backup_workers("data", 0, log_normal(1.0), codec), num_steps=3)
     synchronous, _ = slopes(mean_gradients("data", codec), num_steps=3)

@@ -22,8 +22,32 @@ MESHES = {
 }
 NUM_STEPS = 5  # an odd number: the last round of local steps is cut short
 
-# Compiling is what costs: the tests of a method run one after the other and share its programs.
-each_method = pytest.mark.parametrize("name", METHODS, scope="module")
+
+A_FEW = (
+    "mean_gradients int8 with error feedback",
+    "average_params H=2",
+    "backup_workers, one missing",
+    "parameter_server",
+    "gossip",
+    "choco",
+    "adasum",
+    "dgc, all sent",
+)
+CODECS = ("int8", "PowerSGD", "feedback")
+FAST = [n for n in METHODS if n in A_FEW or not (n == "dgc" or any(c in n for c in CODECS))]
+# Codecs for gradients, parameters, and over a graph; further methods send in the same ways.
+COMPARED = [
+    *FAST,
+    "mean_gradients int8",
+    "average_params int8 with error feedback",
+    "choco int8",
+]
+
+
+def each_method(quick):
+    """Compiling is what costs: a method's tests run one after the other and share its programs."""
+    names = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
+    return pytest.mark.parametrize("name", names, scope="module")
 
 
 class Run(NamedTuple):
@@ -84,9 +108,7 @@ def is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-@each_method
-@pytest.mark.parametrize("mesh_name", ["one worker", "data", "data×fsdp×model"])
-def test_equals_its_dense_reference(name, mesh_name):
+def check_numbers(name, mesh_name):
     mesh, problem, init, step = build(name, mesh_name)
     num_workers = mesh.shape["data"]
     state, _ = run(init, step, problem)
@@ -105,7 +127,18 @@ def test_equals_its_dense_reference(name, mesh_name):
             np.testing.assert_allclose(mine, y, atol=atol, err_msg=str((k, path)))
 
 
-@each_method
+@each_method(COMPARED)
+@pytest.mark.parametrize("mesh_name", [pytest.param("one worker", marks=pytest.mark.slow), "data"])
+def test_equals_its_dense_reference(name, mesh_name):
+    check_numbers(name, mesh_name)
+
+
+@each_method(A_FEW)
+def test_equals_its_dense_reference_beside_other_axes(name):
+    check_numbers(name, "data×fsdp×model")
+
+
+@each_method(A_FEW)
 def test_one_worker_is_the_inner_optimiser_alone(name):
     if not METHODS[name].lone_worker_is_inner:
         pytest.skip("it acts on a lone worker too")
@@ -121,7 +154,7 @@ def test_one_worker_is_the_inner_optimiser_alone(name):
         np.testing.assert_allclose(np.asarray(x).reshape(y.shape), y, atol=1e-6)
 
 
-@each_method
+@each_method(A_FEW)
 def test_state_keeps_shapes_dtypes_and_shardings(name):
     _, problem, init, step = build(name, "data×fsdp×model")
 
@@ -137,7 +170,7 @@ def test_state_keeps_shapes_dtypes_and_shardings(name):
         assert is_key(x) or np.isfinite(np.asarray(x, np.float32)).all()
 
 
-@each_method
+@each_method(A_FEW)
 def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
     _, problem, init, step = build(name, "data×fsdp×model")
     whole, _ = run(init, step, problem)
@@ -153,7 +186,7 @@ def test_a_checkpoint_holds_all_that_it_needs(name, tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@each_method
+@each_method(A_FEW)
 def test_learns_beside_a_mask(name):
     """A masked transformation sees fewer leaves, in the same places."""
     _, problem, init, step = build(name, "data×model")

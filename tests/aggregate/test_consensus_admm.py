@@ -50,7 +50,14 @@ def quadratic(problem):
     return np.einsum("kni,knj->ij", x, x) / N, np.einsum("kni,knj->i", x, y) / N
 
 
-@pytest.mark.parametrize("options", [{}, {"over_relaxation": 1.6}, {"adaptive": True, "rho": 0.02}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"over_relaxation": 1.6}, marks=pytest.mark.slow),
+        pytest.param({"adaptive": True, "rho": 0.02}, marks=pytest.mark.slow),
+    ],
+)
 def test_ridge_reaches_the_closed_form(problem, options):
     state, _ = solve(problem, prox=prox_l2(0.4), **options)
     a, b = quadratic(problem)

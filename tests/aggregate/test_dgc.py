@@ -70,17 +70,21 @@ def reference(params, gradient, num_workers, num_steps, groups, parts, options):
     return x, u, v
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("shape", "tx", "parts", "options"),
     [
-        ({"data": 4}, dgc("data", 0.9), [0.1] * 5, (0.9, False, None)),
+        slow({"data": 4}, dgc("data", 0.9), [0.1] * 5, (0.9, False, None)),
         (
             {"data": 4},
             dgc("data", 0.95, 0.8, nesterov=True, clip_norm=0.3, warmup_steps=3),
             [1 / 4, 1 / 4, 1 / 16, 0.05, 0.05],
             (0.8, True, 0.3),
         ),
-        ({"data": 2, "model": 2}, dgc("data", 0.9), [0.1] * 5, (0.9, False, None)),
+        slow({"data": 2, "model": 2}, dgc("data", 0.9), [0.1] * 5, (0.9, False, None)),
     ],
 )
 def test_equals_the_algorithm_in_numpy(shape, tx, parts, options):
@@ -144,8 +148,10 @@ def gaussian(num_steps):
     return jax.random.normal(jax.random.key(0), (num_steps, 4, 64))
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("values", [None, top_k(1.0)])
+@pytest.mark.parametrize(
+    ("values", "nesterov"),
+    [(None, False), (None, True), slow(top_k(1.0), False), slow(top_k(1.0), True)],
+)
 def test_without_sparsity_it_is_synchronous_momentum_sgd(nesterov, values):
     """Also where every worker's v is said by a codec that loses nothing."""
     gradients = gaussian(4)
@@ -158,6 +164,7 @@ def test_without_sparsity_it_is_synchronous_momentum_sgd(nesterov, values):
     np.testing.assert_allclose(updates, np.stack(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_momentum_it_is_top_k_with_error_feedback():
     gradients = gaussian(3)
     updates, state = run(dgc("data", 0.75, momentum=0), gradients)
@@ -170,6 +177,7 @@ def test_without_momentum_it_is_top_k_with_error_feedback():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_was_not_said_is_all_there():
     """Without momentum: the sum of the updates and the mean of v are the sum of the gradients."""
     gradients = gaussian(4)
@@ -186,6 +194,7 @@ def test_what_is_held_back_moves_to_another_number_of_workers():
     assert debts(state) == {"residual/velocity/a", "residual/unsent/a"}
 
 
+@pytest.mark.slow
 def test_clipping_bounds_what_each_worker_adds():
     gradients = 100 * gaussian(1)
     _, state = run(dgc("data", 0.999, 0.9, clip_norm=2.0), gradients)
@@ -195,7 +204,7 @@ def test_clipping_bounds_what_each_worker_adds():
     assert (np.linalg.norm(unsent, axis=1) > 0.8 * 2 / np.sqrt(4)).all()
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("clip_norm", [slow(None), 1.0])
 def test_what_is_not_finite_is_seen_and_forgotten(clip_norm):
     gradients = gaussian(3).at[1, 2, 50].set(jnp.nan)
     updates, state = run(dgc("data", 0.75, clip_norm=clip_norm), gradients)
@@ -213,6 +222,7 @@ def test_warm_up_is_that_of_the_paper():
     assert densities(0.5, 100) == (0.5,)
 
 
+@pytest.mark.slow
 def test_the_wire_carries_one_payload_of_the_phase_to_each_worker():
     mesh = make_mesh({"data": 4}, devices=jax.devices()[:4])
     problem = pytree_problem(mesh)

@@ -130,18 +130,22 @@ def close(state, models, atol=2e-6):
 
 
 # Every mesh, both routes, both kinds of sharing, inputs common or not: each at least twice.
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 CASES = [
-    ("data", "own", "outputs", False),
+    slow("data", "own", "outputs", False),
     ("data", "inputs", "parameters", False),
-    ("data", "own", "parameters", True),
+    slow("data", "own", "parameters", True),
     ("data×model", "own", "parameters", False),
     ("data×model", "own", "outputs", True),
-    ("data×fsdp×model", "inputs", "outputs", False),
-    ("data×fsdp×model", "own", "parameters", False),
+    slow("data×fsdp×model", "inputs", "outputs", False),
+    slow("data×fsdp×model", "own", "parameters", False),
     ("two worker axes", "own", "outputs", False),
-    ("two worker axes", "inputs", "parameters", True),
-    ("one worker", "own", "outputs", False),
-    ("one worker", "inputs", "parameters", False),
+    slow("two worker axes", "inputs", "parameters", True),
+    slow("one worker", "own", "outputs", False),
+    slow("one worker", "inputs", "parameters", False),
 ]
 
 
@@ -214,6 +218,7 @@ def test_a_codec_goes_over_the_wire_and_changes_little():
     assert counted == distil.exchange(state.params, batch).sent
 
 
+@pytest.mark.slow
 def test_a_codec_that_draws_gets_keys_of_the_rounds():
     _, distil, init, step = build(
         codec=int4(8, rounding="stochastic"), num_batches=1, distill_steps=1
@@ -231,7 +236,7 @@ def test_a_codec_that_draws_gets_keys_of_the_rounds():
     distil.round(step, state, batches())
 
 
-@pytest.mark.parametrize("route", ["outputs", "parameters"])
+@pytest.mark.parametrize("route", ["outputs", slow("parameters")])
 @pytest.mark.parametrize("of", ["outputs", "probabilities", "log_probabilities"])
 def test_answers_are_the_ensembles_and_jensens_bound_holds(route, of):
     """What the workers are told of their samples is no worse than what they said, on average."""
@@ -311,6 +316,7 @@ def test_the_models_do_not_grow():
     assert memory.temp_size_in_bytes < 2.5 * model
 
 
+@pytest.mark.slow
 def test_resumes_between_rounds_bit_for_bit(tmp_path):
     def rounds(distil, step, state, source, num):
         for _ in range(num):
@@ -366,6 +372,7 @@ def test_models_are_asked_without_a_key_and_trained_with_different_ones():
     assert seen
 
 
+@pytest.mark.slow
 def test_integer_labels_and_a_loss_of_its_own_for_answers():
     mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
     distil = distill_ensemble(

@@ -54,7 +54,10 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "choco top-k" else n for n in MIXING],
+)
 def test_the_mean_is_kept(name):
     targets, history, _ = run(MIXING[name](), 12)
     for models in history:
@@ -118,7 +121,8 @@ def test_pairs_that_meet_agree_at_once():
 
 
 @pytest.mark.parametrize(
-    ("codec", "gamma", "num_rounds"), [(int8(8), 0.8, 100), (top_k(0.1), 0.2, 400)]
+    ("codec", "gamma", "num_rounds"),
+    [(int8(8), 0.8, 100), pytest.param(top_k(0.1), 0.2, 400, marks=pytest.mark.slow)],
 )
 def test_choco_agrees_beyond_what_its_codec_can_say(codec, gamma, num_rounds):
     targets, history, _ = run(choco("data", ring, codec, gamma), num_rounds)

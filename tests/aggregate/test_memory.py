@@ -119,7 +119,13 @@ def test_every_method_is_listed():
     assert set(KEPT) == set(METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+DEAR = ("int8", "PowerSGD", "feedback", "dgc")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if any(d in n for d in DEAR) else n for n in METHODS],
+)
 def test_keeps_as_many_copies_as_stated(name):
     state, _ = planned(METHODS[name].make(optax.adamw(1e-2)))
     copies = device_bytes(state) / COPY
@@ -127,7 +133,12 @@ def test_keeps_as_many_copies_as_stated(name):
     assert INNER + KEPT[name] <= copies <= INNER + KEPT[name] + small
 
 
-@pytest.mark.parametrize("name", WORKING)
+QUICK = ("mean_gradients", "average_params H=2", "parameter_server")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WORKING]
+)
 def test_a_compiled_step_holds_no_more(name, plain):
     state, memory = analysed(METHODS[name].make(optax.adamw(1e-2)))
     own = device_bytes(state)

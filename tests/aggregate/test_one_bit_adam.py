@@ -48,6 +48,7 @@ def test_warm_up_is_adam_of_the_exact_mean():
     assert not any(np.any(e) for e in jax.tree.leaves(adam_state(state).residual))
 
 
+@pytest.mark.slow
 def test_the_variance_stays_and_the_momentum_goes_on_after_the_warm_up():
     tx = one_bit_adam("data", 1e-2, 3)
     early, _ = train(tx, 3)
@@ -68,7 +69,7 @@ def test_residuals_are_per_worker_and_moments_are_not():
             assert x.shape == p.shape
 
 
-@pytest.mark.parametrize("warmup_steps", [1, 2])
+@pytest.mark.parametrize("warmup_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_equals_its_dense_form_but_for_what_the_residuals_hold(warmup_steps):
     """Signs: momentum and mean residual make the exact momentum and the last debt."""
     tx = one_bit_adam("data", 1e-2, warmup_steps)
@@ -109,6 +110,7 @@ def quadratic(codec, dead):
     return np.asarray(state.params["w"])
 
 
+@pytest.mark.slow
 def test_an_element_without_variance_stays_where_it_is():
     """A codec with one magnitude for all says that it has momentum."""
     dead = np.arange(64) % 3 == 0
@@ -119,7 +121,9 @@ def test_an_element_without_variance_stays_where_it_is():
     assert np.abs(moved).max() < 0.2
 
 
-@pytest.mark.parametrize("shape", [{"data": 4}, {"data": 4, "model": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"data": 4}, pytest.param({"data": 4, "model": 2}, marks=pytest.mark.slow)]
+)
 def test_sends_floats_in_the_warm_up_and_bytes_after_it(shape):
     tx = one_bit_adam("data", 1e-2, 3, codec=error_feedback(int8(16)))
     mesh, problem, init, step = program(tx, shape)

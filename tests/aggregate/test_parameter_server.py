@@ -151,6 +151,7 @@ def test_sends_what_a_ring_all_reduce_does_and_a_quarter_in_int8():
     assert 260 / 1024 <= coded / exact <= 0.255  # a scale for 256 codes; whole lines
 
 
+@pytest.mark.slow
 def test_nothing_else_goes_over_the_model_axis():
     def over_model(tx):
         mesh, params, init, step = build(tx)
@@ -171,7 +172,7 @@ def test_int8_errs_by_half_a_step_on_either_way():
     assert 0 < error.max() <= pushed + (np.abs(exact).max() + pushed) / 254
 
 
-@pytest.mark.parametrize("every", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("every", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 3)])
 def test_error_feedback_loses_nothing(every):
     """Model, what the pulls owe and what the pushes owe add up to the exact model."""
     num_steps = 6
@@ -236,6 +237,7 @@ def test_another_number_of_workers_is_refused_and_the_parameters_can_be_taken_al
     np.testing.assert_array_equal(again.params["w"], state.params["w"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_beside_other_axes(tmp_path):
     tx = parameter_server(INNER["momentum"], "data")
     with Checkpointer(tmp_path) as checkpointer:

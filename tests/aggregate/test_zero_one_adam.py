@@ -27,8 +27,10 @@ def one_model(state):
     return jax.tree.map(first, state.params) if kernel.ndim == 3 else state.params
 
 
-@pytest.mark.parametrize("max_interval", [1, 4])
-@pytest.mark.parametrize("schedule", [1e-2, optax.linear_schedule(0.0, 1e-2, 4)])
+@pytest.mark.parametrize("max_interval", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(1e-2, marks=pytest.mark.slow), optax.linear_schedule(0.0, 1e-2, 4)]
+)
 def test_with_both_schedules_at_every_step_it_is_adam(max_interval, schedule):
     """With an exact codec, to rounding; a rate of 0 loses no momentum."""
     tx = zero_one_adam(
@@ -126,6 +128,7 @@ def test_without_local_steps_there_is_one_model_and_one_momentum():
     assert per_worker(2) == {"residual", "params", "mu", "progress"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"data": 4}, {"data": 4, "model": 2}])
 def test_sends_floats_for_the_variance_and_bytes_for_the_momentum(shape):
     tx = zero_one_adam("data", 1e-2, 3, max_interval=2, codec=error_feedback(int8(16)))

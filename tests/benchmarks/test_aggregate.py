@@ -27,6 +27,7 @@ def bench():
     return Bench(TINY)
 
 
+@pytest.mark.slow
 def test_a_method_and_its_hand_written_steps_train_alike(bench):
     """So they do the same work, alone and together."""
     name = "average_params"
@@ -47,6 +48,7 @@ def test_a_method_and_its_hand_written_steps_train_alike(bench):
             np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_steps_are_timed(bench):
     measured = bench.measure("average_params", 2)
     assert set(measured) == {"alone", "exchange"}

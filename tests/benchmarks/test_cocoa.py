@@ -3,10 +3,12 @@
 import json
 
 import jax
+import pytest
 
 from benchmarks import cocoa
 
 
+@pytest.mark.slow
 def test_rounds_and_times(monkeypatch):
     monkeypatch.setattr(cocoa, "WORKERS", (1, 4))
     monkeypatch.setattr(cocoa, "LOSSES", {"logistic": cocoa.LOSSES["logistic"]})

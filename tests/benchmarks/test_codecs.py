@@ -3,7 +3,15 @@ import pytest
 from benchmarks import codecs
 
 
-@pytest.mark.parametrize("name", ["int8", "one_bit", "terngrad", "top_k 1 %, int8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8",
+        "one_bit",
+        pytest.param("terngrad", marks=pytest.mark.slow),
+        pytest.param("top_k 1 %, int8", marks=pytest.mark.slow),
+    ],
+)
 def test_measures_speed_bits_and_error(monkeypatch, name):
     monkeypatch.setattr(codecs, "NUM_ELEMENTS", 1 << 15)
     monkeypatch.setattr(codecs, "cpu_seconds", lambda run: float(run() is not None))

@@ -1,6 +1,7 @@
 """The GPU benchmark's code at a tiny size on CPU: its own path, no figure of it."""
 
 import numpy as np
+import pytest
 
 from benchmarks import gpu
 from benchmarks.time_to_loss.problem import Shape
@@ -16,6 +17,7 @@ def test_without_a_gpu_it_says_so_and_ends(capsys):
     assert "no GPU here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_form_is_tried_and_those_that_run_agree():
     tokens = gpu.draw_tokens(TINY, 2, 16)
     rows = gpu.ours(TINY, draw_weights(TINY), tokens, tuple(gpu.FORMS), rounds=1)

@@ -3,10 +3,12 @@
 import json
 
 import jax
+import pytest
 
 from benchmarks import linear
 
 
+@pytest.mark.slow
 def test_every_method_reaches_the_accuracy():
     options = linear.Options(samples=300, features=4, tries=1)
     with jax.enable_x64(True):

@@ -57,7 +57,15 @@ def _product(shape):
 
 @pytest.mark.parametrize(
     ("codec", "num_workers"),
-    [("exact", 3), ("exact", 4), ("int8", 2), ("int8", 3), ("int8", 8), ("top_k", 4)],
+    [
+        ("exact", 3),
+        ("exact", 4),
+        ("int8", 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("int8", 2), ("int8", 8), ("top_k", 4)]
+        ),
+    ],
 )
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_all_reduce_carries_the_bytes_predicted(topology, num_workers, codec):
@@ -73,7 +81,8 @@ def test_all_reduce_carries_the_bytes_predicted(topology, num_workers, codec):
 
 
 @pytest.mark.parametrize(
-    ("codec", "num_workers"), [("exact", 3), ("exact", 4), ("int8", 3), ("int8", 8)]
+    ("codec", "num_workers"),
+    [("exact", 3), ("exact", 4), ("int8", 3), pytest.param("int8", 8, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_other_collectives_carry_the_bytes_predicted(name, num_workers, codec):

@@ -57,8 +57,15 @@ def test_post_local_sgd_is_synchronous_first_and_local_then():
     np.testing.assert_allclose(history[1][0], synchronous[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("codec", [None, error_feedback(int8(4))])
+@pytest.mark.parametrize(
+    ("codec", "steps"),
+    [
+        (None, 1),
+        (None, 3),
+        pytest.param(error_feedback(int8(4)), 1, marks=pytest.mark.slow),
+        (error_feedback(int8(4)), 3),
+    ],
+)
 def test_a_delayed_mean_is_the_mean_of_old_gradients(steps, codec):
     """At fixed parameters, T steps with a delay have summed what ``T - steps`` without it have."""
     total = optax.trace(1.0)  # the sum of all updates so far
@@ -122,6 +129,7 @@ def test_a_delay_is_stable_up_to_the_rate_that_theory_says(steps):
         assert (np.abs(roots).max() < 1) == stable
 
 
+@pytest.mark.slow
 def test_at_a_low_rate_a_delay_costs_its_own_length_and_no_more():
     """Least squares below ``eta L = tau^tau / (tau + 1)^(tau + 1)``, where nothing overshoots: the
     gradients of ``tau`` steps ago are longer than today's, so that the delayed run is never behind

@@ -24,8 +24,20 @@ def test_a_matrix_has_the_codecs_blocks_for_rows_if_tpu_tiles_hold_them():
     assert tile_width(top_k(0.01)) is None
 
 
-@pytest.mark.parametrize("codec", [int8(128), int4(128), bf16()])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("topology", "codec"),
+    [
+        ("hierarchical", int8(128)),
+        ("ring", int4(128)),
+        *((topology, bf16()) for topology in TOPOLOGIES),
+        *(
+            pytest.param(topology, codec, marks=pytest.mark.slow)
+            for topology in TOPOLOGIES
+            for codec in (int8(128), int4(128))
+            if (topology, codec) not in (("hierarchical", int8(128)), ("ring", int4(128)))
+        ),
+    ],
+)
 def test_says_the_same_in_tiles(topology, codec):
     shape = {"slow": 2, "fast": 2} if topology == "hierarchical" else {"data": 4}
     mesh = make_mesh(shape, devices=jax.devices()[:4])

@@ -42,6 +42,7 @@ def solved(config):
         yield problem, task, rows
 
 
+@pytest.mark.slow
 def test_a_local_minimum_is_one(solved):
     """The gradient of the part and the penalty vanishes there."""
     problem, task, _ = solved

@@ -39,6 +39,7 @@ def rows(config):
     ]
 
 
+@pytest.mark.slow
 def test_steps_without_the_latest_are_shorter(config, rows):
     all_of_them, without = (run.run_of(rows, "log-normal", b, 0) for b in (0, 2))
     assert [row["step"] for row in all_of_them] == [row["step"] for row in without] == [0, 2, 4, 6]

@@ -38,11 +38,11 @@ def bench():
     ("method", "grid", "vectors", "scalars"),
     [
         # A pass: gradient's 64 parameters, or 80 margins.
-        ("gradient descent", (2, 1), 64, 16),
+        pytest.param("gradient descent", (2, 1), 64, 16, marks=pytest.mark.slow),
         ("gradient descent", (1, 2), 80, 16),
         # Parameters are gathered twice, 32 from each; its pairs' products are sums, too.
-        ("L-BFGS", (1, 2), 80, 128),
-        ("GIANT", (2, 1), 2 * 64, 16),
+        pytest.param("L-BFGS", (1, 2), 80, 128, marks=pytest.mark.slow),
+        pytest.param("GIANT", (2, 1), 2 * 64, 16, marks=pytest.mark.slow),
         ("feature CoCoA", (1, 2), 80, 16),
     ],
 )
@@ -56,6 +56,7 @@ def test_bytes_of_a_round(bench, method, grid, vectors, scalars):
     assert 8 * vectors <= found.sent[1] <= 8 * (vectors + scalars)
 
 
+@pytest.mark.slow
 def test_products_in_loops_are_counted(bench):
     with jax.enable_x64(True):
         by_sample, by_feature = (bench.measure(grid, "Newton-CG") for grid in ((2, 1), (1, 2)))

@@ -190,18 +190,22 @@ def test_runs_on_any_number_of_devices_and_on_tokens(tmp_path, simulate):
     assert "nats per token" in done.stdout
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--mesh.data", "3"), "8"),
-        (("--mesh.data", "-1", "--mesh.model", "-1"), "-1"),
-        (("--batch", "6"), "6"),
-        (("--model.num-heads", "3", "--model.num-kv-heads", "3"), "attention/key/kernel"),
-        (("--data", "/nowhere/at/all"), "/nowhere/at/all"),
-        (("--seq-len", "100000", "--model.max-seq-len", "100000"), "100001"),
-        (("--seq-len", "4096"), "max-seq-len"),
-        (("--resume", "must"), "must"),
-        (("--out", "/dev/null/out"), "/dev/null/out"),
+        slow(("--mesh.data", "3"), "8"),
+        slow(("--mesh.data", "-1", "--mesh.model", "-1"), "-1"),
+        slow(("--batch", "6"), "6"),
+        slow(("--model.num-heads", "3", "--model.num-kv-heads", "3"), "attention/key/kernel"),
+        slow(("--data", "/nowhere/at/all"), "/nowhere/at/all"),
+        slow(("--seq-len", "100000", "--model.max-seq-len", "100000"), "100001"),
+        slow(("--seq-len", "4096"), "max-seq-len"),
+        slow(("--resume", "must"), "must"),
+        slow(("--out", "/dev/null/out"), "/dev/null/out"),
         (("--block", "0"), "block=0"),
     ],
 )

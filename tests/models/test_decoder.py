@@ -41,7 +41,7 @@ def assert_close(got, wanted, rtol):
     [
         {"remat": "none"},
         {"remat": "full"},
-        {"unroll": True, "remat": "none"},
+        pytest.param({"unroll": True, "remat": "none"}, marks=pytest.mark.slow),
         {"flatten_tokens": False},
     ],
     ids=str,

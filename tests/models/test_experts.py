@@ -149,8 +149,8 @@ def test_the_loss_is_the_sum_of_its_parts(models, on_one_device, tokens):
 @pytest.mark.parametrize(
     ("axes", "name"),
     [
-        ({"data": 2, "expert": 4}, "dropless"),
-        ({"data": 2, "expert": 2, "model": 2}, "capacity"),
+        pytest.param({"data": 2, "expert": 4}, "dropless", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "expert": 2, "model": 2}, "capacity", marks=pytest.mark.slow),
         pytest.param({"data": 2, "expert": 4}, "capacity", marks=pytest.mark.slow),
         pytest.param({"data": 2, "expert": 2, "model": 2}, "dropless", marks=pytest.mark.slow),
     ],

@@ -36,7 +36,13 @@ def decoder(config):
     return nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name == "fsdp-tensor" else pytest.param(name, marks=pytest.mark.slow)
+        for name in MESHES
+    ],
+)
 def compiled(request):
     """Per worker, as a training step does it: (config, mesh, program's results, the plain ones)."""
     sizes, rules, config = MESHES[request.param]

@@ -77,6 +77,7 @@ def test_many_chunks_do_not_wear_out_a_bfloat16_gradient():
     np.testing.assert_allclose(many, once, atol=0.01 * float(jnp.abs(once).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_chunks_of_a_decoder_whose_head_is_its_embedding(make, tokens, mask):
     graphdef, params = nnx.split(make(tie_embeddings=True))

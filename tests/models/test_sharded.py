@@ -28,7 +28,7 @@ def loss_of(graphdef, **options):
     return loss
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("chunk_size", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_gradients_per_worker_equal_those_of_one_device(make, tokens, chunk_size):
     """As a training step takes them: mapped over the workers, divided over ``model``."""
     mesh = make_mesh({"data": 4, "model": 2})
@@ -60,6 +60,7 @@ def test_gradients_per_worker_equal_those_of_one_device(make, tokens, chunk_size
     assert {(c.kind, *c.axes) for c in collectives(compiled, mesh)} == {("all-reduce", "model")}
 
 
+@pytest.mark.slow
 def test_fewer_key_heads_than_devices(make, tokens):
     """Keys and values whole, queries divided: the repeated copies must follow the queries."""
     mesh = make_mesh({"data": 2, "model": 4})
@@ -81,24 +82,23 @@ def test_fewer_key_heads_than_devices(make, tokens):
     assert all(size <= kv_shard for c in found for size in c.operand_bytes)
 
 
-def test_a_divided_sequence(make, tokens):
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_divided_sequence(make, tokens, chunk_size):
     """Positions over an axis between the blocks and in the loss, with and without chunks."""
     mesh = make_mesh({"data": 2, "seq": 2, "model": 2})
     rules = RULES.replace(seq="seq")
     graphdef, params = place(make(flatten_tokens=False), mesh, rules)
     tokens = jnp.concatenate([tokens, tokens[:, :1]], axis=1)
-    for chunk_size in (None, 4):
-        step = jax.jit(jax.value_and_grad(loss_of(graphdef, chunk_size=chunk_size)))
-        with use_rules(mesh, rules):
-            loss, grads = step(params, tokens)
-        with no_mesh():
-            wanted, wanted_grads = step(jax.device_get(params), tokens)
-        assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-            grads,
-            wanted_grads,
-        )
+    step = jax.jit(jax.value_and_grad(loss_of(graphdef, chunk_size=chunk_size)))
+    with use_rules(mesh, rules):
+        loss, grads = step(params, tokens)
+    with no_mesh():
+        wanted, wanted_grads = step(jax.device_get(params), tokens)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, wanted_grads
+    )
 
 
 def test_generates_the_same_text_on_a_mesh(make, tokens):

@@ -104,6 +104,7 @@ def over_model(program, mesh, *, inside):
 READERS = {"llama": 5, "gpt2": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_tensor_sums_twice_a_layer(compiled, mesh, form):
     if form == "llama":  # the other's forward pass is in its gradient too
@@ -113,7 +114,7 @@ def test_tensor_sums_twice_a_layer(compiled, mesh, form):
     assert over_model(gradient, mesh, inside=True) == {("all-reduce", WHOLE): 2 + READERS[form]}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_sequence_gathers_and_scatters_twice_a_layer(compiled, mesh, form):
     """On CPU the scatter is a sum of which each device keeps its part."""
     if form == "llama":

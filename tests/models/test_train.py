@@ -34,13 +34,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("gpt2", "mlp") else [pytest.mark.slow])
-        for name in MODELS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_the_loss_falls(name):
     """Labels at random: the model must learn its batch by heart."""
     kind, config = MODELS[name]

@@ -25,11 +25,15 @@ class Case:
         return layout
 
 
-def test_what_was_found_comes_back():
-    assert compile_apart(Case("compile"), Layout(4)) == Layout(4)
+def test_what_does_not_fit_comes_back():
     found = compile_apart(Case("too large"), Layout(4))
     assert isinstance(found, DoesNotFit)
     assert (str(found), found.missing) == ("no room", 7)
+
+
+@pytest.mark.slow
+def test_what_was_found_comes_back():
+    assert compile_apart(Case("compile"), Layout(4)) == Layout(4)
     with pytest.raises(ValueError, match="libtpu does not know it"):
         compile_apart(Case("refused"), Layout(4))
 

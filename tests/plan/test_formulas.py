@@ -27,7 +27,7 @@ POD, EXACT = parse_topology("v5e:2x4"), parse_algorithm("exact")
 LAYOUTS = {"exact": Layout(2, 2, 2), "int8": Layout(4, 2, 1)}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=["exact", pytest.param("int8", marks=pytest.mark.slow)])
 def both(request, config):
     """``(algorithm, layout, compiled)`` on eight simulated devices."""
     layout, algorithm = LAYOUTS[request.param], parse_algorithm(request.param)

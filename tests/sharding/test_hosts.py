@@ -123,7 +123,11 @@ def test_two_processes_agree_and_exchange(tmp_path):
     ("mode", "difference"),
     [
         ("differ", "config.model.num_layers: 2 on process 0; 3 on process 1"),
-        ("trees", "w: float64[3] on process 0; float64[4] on process 1"),
+        pytest.param(
+            "trees",
+            "w: float64[3] on process 0; float64[4] on process 1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_processes_that_differ_all_say_how_and_end_in_seconds(tmp_path, mode, difference):
@@ -135,6 +139,7 @@ def test_processes_that_differ_all_say_how_and_end_in_seconds(tmp_path, mode, di
     assert seconds < 45  # JAX alone waits 300 s for those that do not end
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_with_a_code_does_not_wait_for_the_others(tmp_path):
     done, seconds = two_processes(tmp_path, "exit")
     assert done.returncode == 7, done.stderr

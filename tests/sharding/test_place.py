@@ -166,7 +166,14 @@ def test_init_pads(mesh):
         init(lambda: {"table": jnp.ones((7, 2))}, mesh, rules)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1), (1, 4, 2), (8, 1, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1),
+        (1, 4, 2),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in [(2, 2, 1), (8, 1, 1)]),
+    ],
+)
 def test_one_seed_one_model_on_every_mesh(shape):
     devices = jax.devices()[: math.prod(shape)]
     mesh = make_mesh(dict(zip(("data", "fsdp", "model"), shape, strict=True)), devices=devices)

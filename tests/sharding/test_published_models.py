@@ -6,6 +6,7 @@ devices.
 """
 
 import contextlib
+import itertools
 import math
 from typing import NamedTuple
 
@@ -144,10 +145,15 @@ def alone():
     return losses
 
 
-@pytest.mark.parametrize("mesh_name", ["1", "2x2", "2x2x2", "8"])
+QUICK = [("flax scaled up", "2x2x2")]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n == "optax nanolm" else n for n in EXAMPLES],
+    ("name", "mesh_name"),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(EXAMPLES, ["1", "2x2", "2x2x2", "8"])
+    ],
 )
 def test_trains_as_on_one_device_without_jdml(name, mesh_name, alone):
     example = EXAMPLES[name]
@@ -174,6 +180,7 @@ def test_rules_divide_the_published_shapes(name):
     assert {path: found[path] for path in example.layout} == dict(example.layout)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_each_workers_samples(alone):
     """Why the yardstick for batch norm has as many shares as the mesh has workers."""
     one, two = (np.array(alone("flax mnist", n)) for n in (1, 2))

@@ -252,7 +252,14 @@ def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [damage_bytes, truncate, Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_bytes,
+        pytest.param(truncate, marks=pytest.mark.slow),
+        pytest.param(Path.unlink, marks=pytest.mark.slow),
+    ],
+)
 def test_no_damaged_file_gives_a_wrong_state(tmp_path, states, damage):
     saved = tmp_path / "saved"
     with Checkpointer(saved) as checkpointer:

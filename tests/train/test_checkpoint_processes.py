@@ -39,12 +39,15 @@ SAVE_IN_A_LOOP = """
 """
 
 
-def test_a_killed_process_leaves_a_newest_checkpoint_that_is_whole(tmp_path):
+@pytest.mark.parametrize(
+    "pauses", [(0.013,), pytest.param((0.0, 0.013, 0.037), marks=pytest.mark.slow)], ids=len
+)
+def test_a_killed_process_leaves_a_newest_checkpoint_that_is_whole(tmp_path, pauses):
     folder = tmp_path / "run"
     sharding = NamedSharding(make_mesh({"data": 8}), PartitionSpec("data"))
     leaf = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=sharding)
     newest = 0
-    for pause in (0.0, 0.013, 0.037):
+    for pause in pauses:
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(SAVE_IN_A_LOOP), str(folder)],
             cwd=ROOT,

@@ -57,7 +57,10 @@ def residuals(state):
     return [np.asarray(x) for x in jax.tree.leaves(state.opt_state[0])]
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n.startswith("eight") else n for n in MESHES],
+)
 def test_the_sum_of_the_residuals_stays_and_training_goes_on(saved, name):
     folder, before = saved
     init, step, params = build(MESHES[name])
@@ -98,7 +101,9 @@ def test_as_many_workers_on_other_axes_keep_everything(saved):
             np.testing.assert_array_equal(new, old)
 
 
-@pytest.mark.parametrize("shape", [{"data": 4, "model": 2}, {"data": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"data": 4, "model": 2}, pytest.param({"data": 2}, marks=pytest.mark.slow)]
+)
 def test_a_reset_is_explicit_and_begins_with_zeros(saved, shape):
     folder, before = saved
     init, step, params = build(shape)
@@ -109,6 +114,7 @@ def test_a_reset_is_explicit_and_begins_with_zeros(saved, shape):
     train(state, step, 3, 1)
 
 
+@pytest.mark.slow
 def test_error_feedback_may_be_taken_up_or_dropped_with_a_reset(saved, tmp_path):
     folder, before = saved
     with_feedback, exact = build({"data": 4}), build({"data": 4}, None)
@@ -127,6 +133,7 @@ def test_error_feedback_may_be_taken_up_or_dropped_with_a_reset(saved, tmp_path)
     train(state, with_feedback[1], 3, 1)
 
 
+@pytest.mark.slow
 def test_of_a_reducer_the_debt_moves_and_the_rest_stays(tmp_path):
     codec = power_sgd(1)
     init, step, params = build({"data": 4}, codec)
@@ -153,7 +160,7 @@ def test_models_of_the_workers_own_are_refused_with_what_to_do(tmp_path):
         return optax.chain(optax.sgd(0.1), average_params("data", 4, codec=FEEDBACK))
 
     init, step, params = build({"data": 4}, make_tx=local())
-    state = train(init(params, 0), step, 0, 2)
+    state = init(params, 0)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(2, state, wait=True)
         init, other, params = build({"data": 2}, make_tx=local())

@@ -51,7 +51,12 @@ def arrays(state):
 
 @pytest.mark.parametrize(
     ("chain", "zero", "steps_per_call"),
-    [("local", 0, 1), ("int8", 1, 1), ("int8", 2, 2), ("int8", 3, 1)],
+    [
+        ("local", 0, 1),
+        pytest.param("int8", 1, 1, marks=pytest.mark.slow),
+        pytest.param("int8", 2, 2, marks=pytest.mark.slow),
+        pytest.param("int8", 3, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_numbers_of_a_state_on_the_devices(chain, zero, steps_per_call):
     found = []
@@ -69,6 +74,7 @@ def test_the_numbers_of_a_state_on_the_devices(chain, zero, steps_per_call):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_comes_back_to_the_hosts_memory(tmp_path):
     """On as many workers; and on twice as many, for which residuals are moved."""
     start, _, step = build("pinned_host")

@@ -85,7 +85,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", ["int8", "local"])
+@pytest.mark.parametrize("method", ["int8", pytest.param("local", marks=pytest.mark.slow)])
 def test_stopping_and_resuming_changes_nothing(mesh, tmp_path, method):
     codec = error_feedback(int8(16))
     tx = (
@@ -125,6 +125,7 @@ def test_rows_tell_loss_time_and_bytes(mesh, tmp_path):
     assert_equal(again.state, result.state)
 
 
+@pytest.mark.slow
 def test_the_second_signal_is_not_held_back(mesh, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     run(mesh, tmp_path, 3, Data(signal_at=1))

@@ -64,6 +64,7 @@ def start_again(scaled):
     return jax.tree.map(jnp.copy, scaled[0]), scaled[1]
 
 
+@pytest.mark.slow
 def test_powers_of_two_change_no_bit():
     """float32 has the range: the same parameters, moments and residuals, whatever the scale."""
     state, step = build(f32_loss_fn, chain())

@@ -144,9 +144,9 @@ def name_of(part):
 
 
 def quick_or_slow(products):
-    """Two that have most axes between them are quick, the others slow."""
-    quick = ({"data": 2, "seq": 2, "model": 2}, {"data": 2, "fsdp": 2, "expert": 2})
-    return [p if p[0] in quick else pytest.param(*p, marks=pytest.mark.slow) for p in products]
+    """One with three axes and a codec is quick, the others slow."""
+    quick = {"data": 2, "seq": 2, "model": 2}
+    return [p if p[0] == quick else pytest.param(*p, marks=pytest.mark.slow) for p in products]
 
 
 @pytest.mark.parametrize(("shape", "algorithm", "changes"), quick_or_slow(PRODUCTS), ids=name_of)

@@ -68,7 +68,9 @@ class Runs:
         self.donated = all(x.is_deleted() for x in jax.tree.leaves(given.params))
 
 
-@pytest.fixture(scope="module", params=CHAINS)
+@pytest.fixture(
+    scope="module", params=["local SGD", pytest.param("delayed", marks=pytest.mark.slow)]
+)
 def runs(request):
     return Runs(CHAINS[request.param])
 
@@ -156,6 +158,7 @@ def fitted(mesh, folder, num_steps, per_call, placed=False, name="run"):
         return result.state, log.rows, checkpointer.steps(), evaluated
 
 
+@pytest.mark.slow
 def test_the_loop_takes_them_and_keeps_its_promises(tmp_path):
     mesh = make_mesh({"data": 4, "model": 2})
     state, rows, saved, evaluated = fitted(mesh, tmp_path, 8, 1, name="single")

@@ -23,6 +23,7 @@ FEEDBACK = error_feedback(int8(16))
 METHODS = {
     "exact": lambda axis: optax.chain(mean_gradients(axis), optax.adam(1e-2)),
     "int8": lambda axis: optax.chain(mean_gradients(axis, FEEDBACK), optax.adam(1e-2)),
+    "plain local": lambda axis: optax.chain(optax.sgd(0.1), average_params(axis, 2)),
     "local": lambda axis: optax.chain(optax.sgd(0.1), average_params(axis, 2, codec=FEEDBACK)),
 }
 
@@ -73,7 +74,7 @@ def on_one_axis(method):
 
 
 @pytest.mark.parametrize("mapping", ["vmap", "shard_map"])
-@pytest.mark.parametrize("method", ["exact", "local"])
+@pytest.mark.parametrize("method", ["exact", pytest.param("local", marks=pytest.mark.slow)])
 def test_the_numbers_of_one_axis(method, mapping):
     expected = on_one_axis(method)
     # Either order of the names: worker k is the k-th as they are named.
@@ -84,7 +85,7 @@ def test_the_numbers_of_one_axis(method, mapping):
     assert_close(got[3].consensus(got[0]), expected[3].consensus(expected[0]))
 
 
-@pytest.mark.parametrize("mapping", ["vmap", "shard_map"])
+@pytest.mark.parametrize("mapping", ["vmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_with_micro_batches_and_batch_axes(mapping):
     """Also on a mesh on which "data" stands after the axis that divides each worker's samples."""
     options = {"mapping": mapping, "accumulate": 2, "batch_axes": ("fsdp",)}
@@ -104,7 +105,7 @@ def test_a_tuple_of_one_is_the_axis_itself():
 
 
 def test_per_worker_leaves_are_divided_over_all_worker_axes():
-    state, *_ = train(two_axes(), AXES, "local", 1)
+    state, *_ = train(two_axes(), AXES, "local", 0)
     for leaf in (state.params["in"]["kernel"], state.opt_state[1].residual["in"]["kernel"]):
         assert (leaf.shape, leaf.sharding.spec) == ((4, 8, 16), P(AXES, None, "model"))
     assert state.opt_state[1].anchor["in"]["kernel"].sharding.spec == P(None, "model")
@@ -122,6 +123,7 @@ def test_a_mean_over_one_of_them_leaves_one_model_for_each_of_the_other():
     assert np.abs(kernel[0] - kernel[2]).max() > 0
 
 
+@pytest.mark.slow
 def test_the_exchange_spans_both_axes_and_no_other():
     _, _, init, step = train(two_axes(), AXES, "int8", 0)
     abstract = init.abstract(pytree_problem(two_axes()).params)
@@ -185,7 +187,7 @@ def test_stopped_and_resumed_on_the_other_layout(tmp_path):
     console = Console(file=io.StringIO())
     mesh, data = two_axes(), Data()
     problem = pytree_problem(mesh)
-    init, step = make_step(noisy(problem), METHODS["local"](AXES), mesh, AXES, problem.specs)
+    init, step = make_step(noisy(problem), METHODS["plain local"](AXES), mesh, AXES, problem.specs)
     with Checkpointer(tmp_path) as checkpointer:
         options = {"checkpointer": checkpointer, "console": console}
         result = fit(step, init(problem.params, 0), data, 3, mesh=mesh, workers=AXES, **options)
@@ -194,11 +196,11 @@ def test_stopped_and_resumed_on_the_other_layout(tmp_path):
 
         mesh = one_axis()
         init, step = make_step(
-            noisy(problem), METHODS["local"]("data"), mesh, "data", problem.specs
+            noisy(problem), METHODS["plain local"]("data"), mesh, "data", problem.specs
         )
         state = checkpointer.restore(init.abstract(problem.params)).state
         result = fit(step, state, data, 5, mesh=mesh, **options)
-    expected, *_ = train(one_axis(), "data", "local", 5)
+    expected, *_ = train(one_axis(), "data", "plain local", 5)
     assert_close(result.state, expected)
 
 
@@ -206,7 +208,7 @@ def test_the_loop_counts_what_goes_over_either_axis():
     sent = []
     for mesh, workers in [(one_axis(1), "data"), (two_axes(1), AXES[::-1])]:
         problem = pytree_problem(mesh)
-        init, step = make_step(problem.loss_fn, METHODS["int8"](workers), mesh, workers)
+        init, step = make_step(problem.loss_fn, METHODS["exact"](workers), mesh, workers)
         text, log = io.StringIO(), MetricsLog(None)
         fit(
             step,

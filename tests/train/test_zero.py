@@ -48,7 +48,12 @@ def device_bytes(tree):
 
 
 @pytest.mark.parametrize(
-    ("chain", "workers"), [("exact", "one worker"), ("int8", "two"), ("local", "two")]
+    ("chain", "workers"),
+    [
+        pytest.param("exact", "one worker", marks=pytest.mark.slow),
+        pytest.param("int8", "two", marks=pytest.mark.slow),
+        ("local", "two"),
+    ],
 )
 def test_every_stage_gives_the_numbers_of_stage_0(chain, workers):
     mesh = make_mesh(WORKERS[workers])
@@ -64,6 +69,7 @@ def test_every_stage_gives_the_numbers_of_stage_0(chain, workers):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), other, found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_accumulated_gradients_are_exchanged_once(zero):
     """Two micro-batches of a worker: int8 says of their mean what it says of the whole batch."""

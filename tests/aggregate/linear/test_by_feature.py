@@ -50,7 +50,9 @@ def test_the_objective_of_scikit_learn(case, method, num):
     assert found.value == pytest.approx(least(case), rel=1e-8)
 
 
-@pytest.mark.parametrize(("case", "num"), [("logistic", 4), ("ridge", 5)])
+@pytest.mark.parametrize(
+    ("case", "num"), [pytest.param("logistic", 4, marks=pytest.mark.slow), ("ridge", 5)]
+)
 def test_sharing_finds_the_minimum(case, num):
     problem = problem_of(case, intercept=False)
     alone = solve(problem, newton_cholesky(), 1e-10, progress=False).value
@@ -60,7 +62,14 @@ def test_sharing_finds_the_minimum(case, num):
     assert found.value == pytest.approx(alone, rel=1e-8)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m.name in ("jacobi", "gauss_seidel") else m
+        for m in METHODS
+    ],
+    ids=lambda m: m.name,
+)
 def test_workers_of_a_mesh_do_what_is_simulated(method):
     problem = problem_of("logistic", intercept=False)
     rows = scipy.sparse.csr_array(np.where(np.abs(data("cancer")[0]) > 0.7, data("cancer")[0], 0))

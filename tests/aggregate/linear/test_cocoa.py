@@ -51,7 +51,9 @@ def run(problem, method, rounds, tol=0.0):
     return solve(problem, method, tol, rounds, check_every=1, progress=False)
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "sparse", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "sparse"]
+)
 def test_one_worker_is_sdca(sparse):
     problem = problem_of(hinge(), elastic_net(0.001, LAM), sparse)
     alone = run(problem, sdca(shrink=False, seed=3), 3).state
@@ -109,6 +111,7 @@ def test_one_worker_has_nothing_to_search():
     assert plain.certificate == searched.certificate
 
 
+@pytest.mark.slow
 def test_a_measured_sigma_is_the_quotient_of_the_round():
     # Workers with the same rows, who solve their subproblems, want the same change: c = K. Workers
     # with columns of their own do not meet: c = 1, and from then on each does what it would alone.
@@ -129,6 +132,7 @@ def test_a_measured_sigma_is_the_quotient_of_the_round():
     assert found.value == pytest.approx(least, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_rounds_grow_by_at_most_two_with_a_measured_sigma():
     random = np.random.default_rng(0)
     x = random.normal(size=(1600, 400)) / 20
@@ -146,7 +150,11 @@ def test_rounds_grow_by_at_most_two_with_a_measured_sigma():
 
 @pytest.mark.parametrize(
     "method",
-    [cocoa(), cocoa(sigma="measured"), cocoa(gamma="search")],
+    [
+        pytest.param(cocoa(), marks=pytest.mark.slow),
+        cocoa(sigma="measured"),
+        pytest.param(cocoa(gamma="search"), marks=pytest.mark.slow),
+    ],
     ids=["safe", "measured", "search"],
 )
 def test_a_mesh_does_what_is_simulated(method):
@@ -170,7 +178,11 @@ def test_the_optimum_of_scikit_learn(num):
 
 @pytest.mark.parametrize(
     ("method", "numbers"),
-    [(cocoa(), 30), (cocoa(sigma="measured"), 30 + 1), (cocoa(gamma="search"), 30 + 10)],
+    [
+        (cocoa(), 30),
+        (cocoa(sigma="measured"), 30 + 1),
+        pytest.param(cocoa(gamma="search"), 30 + 10, marks=pytest.mark.slow),
+    ],
     ids=["safe", "measured", "search"],
 )
 def test_bytes_of_a_round(method, numbers):

@@ -86,6 +86,7 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours():
     assert (np.abs(decoded - x) > step / 2 * (1 + 1e-6)).any()
 
 
+@pytest.mark.slow
 def test_codes_share_bytes():
     sent = {
         name: make(128).encode_rows(jnp.ones((2, 1024)))["codes"] for name, make in FAMILY.items()

@@ -11,15 +11,32 @@ from jdml.communicate.codecs.packing import pack, unpack
 from tests.communicate.codecs.registry import CODECS
 
 # Compiling is what costs: the tests of a codec run one after the other and share its program.
-each_codec = pytest.mark.parametrize("name", CODECS, scope="module")
+# Variants of a codec beside them are slow.
+SLOW = (
+    "int8, odd block",
+    "int4, block of one",
+    "int2, two-sided",
+    "int2, stochastic",
+    "fp8",
+    "terngrad",
+    "qsgd, one level",
+    "qsgd, most levels",
+)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def each_codec_that(promises):
-    chosen = [n for n, case in CODECS.items() if promises(case)]
+    chosen = [slow(n) if n in SLOW else n for n, case in CODECS.items() if promises(case)]
     return pytest.mark.parametrize("name", chosen, scope="module")
 
 
+each_codec = each_codec_that(lambda case: True)
+
 ONE_OF_EACH_CLASS = {type(case.codec): n for n, case in CODECS.items()}.values()
+QUICK = ("bf16", "identity", "fp8, e5m2", "e3m0", "threshold")
 
 LARGEST = np.finfo(np.float32).max
 # What XLA moves at the width that it has: it widens 4-bit integers, 8-bit floats and, on CPU, bf16.
@@ -76,7 +93,10 @@ SHAPES = [((3, 5, 7), "float16"), ((), "float32"), ((5,), "bfloat16"), ((2, 129)
 # Shapes and dtypes are what Codec itself sees to: all of them for one of each class.
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
-    [(n, *x) for n in CODECS for x in (SHAPES if n in ONE_OF_EACH_CLASS else SHAPES[:1])],
+    [
+        *((n, *SHAPES[0]) if n in ONE_OF_EACH_CLASS else slow(n, *SHAPES[0]) for n in CODECS),
+        *((n, *x) if n in QUICK else slow(n, *x) for n in ONE_OF_EACH_CLASS for x in SHAPES[1:]),
+    ],
 )
 def test_any_shape_and_float_dtype_with_the_stated_bytes(name, shape, dtype):
     codec = CODECS[name].codec
@@ -251,7 +271,9 @@ def test_a_constant_leaf_that_fills_no_block_stays_constant(name):
     np.testing.assert_allclose(decoded, x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS, scope="module")
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else slow(n) for n in ONE_OF_EACH_CLASS], scope="module"
+)
 def test_traced_says_the_same_as_eager(name):
     """One of each class: what is not traced compiles every operation by itself."""
     codec = CODECS[name].codec

@@ -7,8 +7,8 @@ from jdml.communicate.codecs.index_code import IndexCode, index_code
 
 
 @pytest.mark.parametrize("low_bits", [0, 8, 16])
-@pytest.mark.parametrize("num_places", [32, 256, 65536 + 32])
-@pytest.mark.parametrize("num_slots", [2, 32])
+@pytest.mark.parametrize("num_places", [32, pytest.param(256, marks=pytest.mark.slow), 65536 + 32])
+@pytest.mark.parametrize("num_slots", [pytest.param(2, marks=pytest.mark.slow), 32])
 def test_comes_back(num_places, num_slots, low_bits):
     code = IndexCode(num_places, num_slots, low_bits)
     rng = np.random.default_rng(num_places)

@@ -116,7 +116,9 @@ def test_a_mean_of_low_rank_is_exact(mesh, warm_start):
     assert np.abs(state.residual["w"].mean(0)).max() < 1e-5 * np.abs(x).max()
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(8, 20), *(pytest.param(s, marks=pytest.mark.slow) for s in [(20, 8), (8, 8)])]
+)
 def test_full_rank_is_the_exact_mean(mesh, shape):
     x = gaussian(K, *shape)
     ((mean, _),) = rounds(mesh, power_sgd(8, min_ratio=0), [{"w": x}])
@@ -205,6 +207,7 @@ def test_stacked_matrices_have_factors_of_their_own(mesh):
     assert state.factors["layers"]["w"].shape == (3, 2, 32)
 
 
+@pytest.mark.slow
 def test_recovers_after_gradients_of_zeros_and_of_low_rank(mesh):
     zeros = np.zeros((K, 24, 32), np.float32)
     one, four = (of_rank(r, 24, 32, seed=r) + zeros for r in (1, 4))
@@ -250,6 +253,7 @@ def test_one_worker_says_nothing_and_loses_nothing():
     assert not state.residual["w"].any()
 
 
+@pytest.mark.slow
 def test_a_round_may_stand_alone(mesh):
     x = of_rank(2, 24, 32) + np.zeros((K, 1, 1), np.float32)
     f = jax.shard_map(
@@ -269,6 +273,7 @@ def test_a_round_may_stand_alone(mesh):
     np.testing.assert_array_equal(jax.jit(unchecked)(x), jax.jit(f)(x))
 
 
+@pytest.mark.slow
 def test_workers_on_two_axes_and_shards_of_the_users_own():
     """A leaf that is not divided over a manual axis stays equal along it; a shard is a matrix."""
     mesh = make_mesh({"group": 2, "member": 2, "model": 2})
@@ -341,6 +346,7 @@ def test_the_wire_carries_two_factors_of_each_matrix(mesh):
     assert codec.num_elements(tree) == numbers
 
 
+@pytest.mark.slow
 def test_sends_as_little_where_leaves_are_divided_and_gathers_none():
     """Over the model axis thin factors are summed; over the workers', a device's part of them."""
     tx = optax.chain(mean_gradients("data", power_sgd(1, min_ratio=1)), optax.sgd(0.1))
@@ -362,7 +368,9 @@ def test_sends_as_little_where_leaves_are_divided_and_gathers_none():
     assert not {c.axes for c in found} - {("data",), ("model",)}
 
 
-@pytest.mark.parametrize("name", ["mean_gradients", "average_params"])
+@pytest.mark.parametrize(
+    "name", ["mean_gradients", pytest.param("average_params", marks=pytest.mark.slow)]
+)
 def test_only_the_residual_is_per_worker(name):
     codec = power_sgd(1, min_ratio=1)
     tx = {

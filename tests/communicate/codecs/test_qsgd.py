@@ -23,7 +23,16 @@ def test_draws_a_level_beside_each_element(levels):
     assert (np.abs(level - x / norm * levels) < 1 + 1e-4).all()
 
 
-@pytest.mark.parametrize(("levels", "block"), [(1, 16), (4, 16), (2, 256), (16, 256), (127, 256)])
+@pytest.mark.parametrize(
+    ("levels", "block"),
+    [
+        (4, 16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1, 16), (2, 256), (16, 256), (127, 256)]
+        ),
+    ],
+)
 def test_variance_is_within_the_bound_of_the_paper(levels, block):
     """On what comes near it: all elements alike, or half a level high."""
     rng = np.random.default_rng(0)

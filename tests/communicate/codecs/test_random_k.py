@@ -18,7 +18,13 @@ def draws(codec, x):
     return np.asarray(one(KEYS), np.float64)
 
 
-@pytest.mark.parametrize(("length", "k"), [(12, 3), (10, 7), (7, 7), (11, 1), (50, 0.3)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("length", "k"), [(12, 3), slow(10, 7), slow(7, 7), slow(11, 1), slow(50, 0.3)]
+)
 def test_every_element_is_sent_with_probability_k_of_d(length, k):
     codec = random_k(k)
     sent = draws(codec, np.ones(length, np.float32))
@@ -31,12 +37,14 @@ def test_every_element_is_sent_with_probability_k_of_d(length, k):
         assert len(np.unique(sent, axis=0)) > length
 
 
+@pytest.mark.slow
 def test_contracts_on_average_by_k_of_d_exactly():
     x = gaussian(40)
     error = ((draws(random_k(10), x) - x) ** 2).sum(1).mean()
     assert error == pytest.approx((1 - 10 / 40) * (x.astype(np.float64) ** 2).sum(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_unbiased_by_d_of_k_with_the_stated_variance():
     x = gaussian(40)
     decoded = draws(random_k(10, unbiased=True), x)
@@ -56,6 +64,7 @@ def test_only_values_and_a_seed_travel():
     assert (decoded != 0).sum() == 100
 
 
+@pytest.mark.slow
 def test_the_receivers_default_generator_does_not_matter():
     codec, x = random_k(10), jnp.asarray(gaussian(100))
     encoded = codec.encode(x, jax.random.key(1, impl="rbg"))

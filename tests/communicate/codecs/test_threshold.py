@@ -22,7 +22,13 @@ def round_trip(codec, x):
 
 
 @pytest.mark.parametrize(
-    ("value", "capacity"), [(0, 0.5), (0, 1.0), (0.7, 1500), (1.2, 1500), (9.0, 1500)]
+    ("value", "capacity"),
+    [
+        (0, 0.5),
+        (0.7, 1500),
+        (9.0, 1500),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 1.0), (1.2, 1500)]),
+    ],
 )
 def test_sends_what_is_above_while_there_is_room(value, capacity):
     x = gaussian(3000)
@@ -34,6 +40,7 @@ def test_sends_what_is_above_while_there_is_room(value, capacity):
         np.testing.assert_array_equal(decoded, np.where(np.abs(x) > value, x, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [None, int8(16)])
 def test_slots_that_are_not_used_say_nothing(values):
     x = np.zeros(1000, np.float32)
@@ -47,6 +54,7 @@ def test_slots_that_are_not_used_say_nothing(values):
     assert not round_trip(codec, np.full(1000, 0.9, np.float32)).any()
 
 
+@pytest.mark.slow
 def test_overflow_sends_the_largest_and_leaves_the_rest():
     x = gaussian(3000)
     decoded = round_trip(threshold(0.5, 30), x)

@@ -42,7 +42,15 @@ def check_largest(decoded, x, k):
 
 @pytest.mark.parametrize(
     ("length", "k"),
-    [(1, 1), (33, 1.0), (1000, 1), (1000, 0.01), (1000, 0.3), (20_000, 0.01), (20_000, 0.3)],
+    [
+        (1, 1),
+        (33, 1.0),
+        (1000, 0.01),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1000, 1), (1000, 0.3), (20_000, 0.01), (20_000, 0.3)]
+        ),
+    ],
 )
 def test_keeps_the_largest(length, k):
     x = gaussian(length, seed=length)
@@ -50,7 +58,9 @@ def test_keeps_the_largest(length, k):
     check_largest(round_trip(codec, x), x, codec.num_slots(length))
 
 
-@pytest.mark.parametrize("sampled", ["alike", "all zero", "all large", "all equal"])
+@pytest.mark.parametrize(
+    "sampled", [pytest.param("alike", marks=pytest.mark.slow), "all zero", "all large", "all equal"]
+)
 def test_a_sample_that_tells_nothing_costs_time_alone(sampled):
     """Long rows have their bound guessed from every fifth element (327,680 // 65,536)."""
     x = gaussian(5 * 65_536)
@@ -64,7 +74,7 @@ def test_a_sample_that_tells_nothing_costs_time_alone(sampled):
     check_largest(round_trip(codec, x), x, codec.num_slots(x.size))
 
 
-@pytest.mark.parametrize("k", [5, 300])
+@pytest.mark.parametrize("k", [5, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "values",
     [
@@ -85,7 +95,7 @@ def test_ties_zeros_and_extremes(k, values):
     check_largest(round_trip(top_k(k), x), x, k)
 
 
-@pytest.mark.parametrize("block", [None, 1024])
+@pytest.mark.parametrize("block", [pytest.param(None, marks=pytest.mark.slow), 1024])
 def test_nan_comes_before_infinity_and_that_before_all_numbers(block):
     x = gaussian(2048)
     x[[3, 700, 900]] = [np.inf, np.finfo(np.float32).max, -np.inf]
@@ -111,7 +121,7 @@ def test_of_each_block_the_largest():
     check_largest(round_trip(codec, x[:100])[96:], x[96:100], 5)
 
 
-@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("block", [pytest.param(None, marks=pytest.mark.slow), 128])
 def test_contracts_by_k_of_d_and_no_more_where_all_are_equal(block):
     for x in (gaussian(1024), gaussian(1024) ** 5, np.sign(gaussian(1024))):
         error = ((round_trip(top_k(1 / 16, block=block), x) - x).astype(np.float64) ** 2).sum()
@@ -159,7 +169,7 @@ def test_one_percent_in_int8_costs_under_three_bytes_per_element_sent():
 
 def test_mean_over_workers_owes_what_its_residuals_hold():
     mesh = make_mesh({"data": 4}, devices=jax.devices()[:4])
-    codec = error_feedback(top_k(0.125, int8(16)))
+    codec = error_feedback(top_k(0.125))
 
     def body(x, e):
         mean, e = all_reduce_mean(x[0], "data", codec, residual=e[0])

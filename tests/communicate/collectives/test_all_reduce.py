@@ -32,7 +32,7 @@ def run(mesh, x, codec=None, residual=None, check_vma=True):
     return jax.jit(f)(x, residual)
 
 
-@pytest.mark.parametrize("codec", [None, int8(16)])
+@pytest.mark.parametrize("codec", [pytest.param(None, marks=pytest.mark.slow), int8(16)])
 def test_any_leaf_shape_and_dtype(mesh, codec):
     keys = iter(jax.random.split(jax.random.key(1), 6))
     x = {
@@ -63,6 +63,7 @@ def test_one_worker_says_nothing_and_loses_nothing():
     assert not np.any(rest)
 
 
+@pytest.mark.slow
 def test_works_in_a_shard_map_without_varying_types(mesh):
     x = np.asarray(jax.random.normal(jax.random.key(0), (K, 50)))
     checked, _ = run(mesh, x, int8(16))

@@ -284,6 +284,7 @@ def test_on_the_shards_of_other_axes():
     assert {c.dtype for c in seen} == {"u8"}
 
 
+@pytest.mark.slow
 def test_works_in_a_shard_map_without_varying_types():
     x = values(8, 20)
     for graph, steps in [(ring(8), ()), (one_peer_exponential(8), (jnp.int32(1),))]:

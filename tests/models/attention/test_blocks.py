@@ -74,7 +74,13 @@ def test_invisible_blocks_are_not_in_the_list():
 @pytest.mark.parametrize(
     ("form", "order"), [(Gathered, "zigzag"), (Ulysses, "zigzag"), (Ulysses, "contiguous")]
 )
-@pytest.mark.parametrize(("length", "block", "num_pieces"), [(8, 1, 4), (8, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("length", "block", "num_pieces"),
+    [
+        (8, 2, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(8, 1, 4), (4, 2, 1)]),
+    ],
+)
 def test_pieces_meet_each_visible_pair_once(form, order, length, block, num_pieces):
     """Two devices; a block is known by its first position of the text."""
     size = 2

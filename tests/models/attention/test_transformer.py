@@ -85,7 +85,7 @@ def one_device(positions):
 @pytest.mark.parametrize(
     ("shape", "mapping", "changes"),
     [
-        (
+        slow(
             {"data": 2, "seq": 2, "model": 2},
             "vmap",
             {"attention": "ring", "seq_order": "zigzag", "positions": "learned"},

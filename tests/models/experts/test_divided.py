@@ -98,7 +98,7 @@ def slow(*values):
     [
         slow({"data": 1, "expert": 2}),
         slow({"data": 1, "expert": 8}),
-        {"data": 2, "expert": 4},
+        slow({"data": 2, "expert": 4}),
         {"data": 2, "expert": 2, "model": 2},
         slow({"data": 2, "expert": 1, "model": 2}),
     ],
@@ -123,7 +123,7 @@ def test_capacity(dense, axes):
     ("axes", "slack", "rounds"),
     [
         slow({"data": 1, "expert": 2}, 2.0, 1),
-        ({"data": 1, "expert": 8}, 2.0, 1),
+        slow({"data": 1, "expert": 8}, 2.0, 1),
         slow({"data": 2, "expert": 4}, 2.0, 2),
         ({"data": 2, "expert": 4}, 0.5, 3),  # more than one round is needed
         slow({"data": 2, "expert": 2, "model": 2}, 2.0, 1),

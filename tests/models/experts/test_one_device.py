@@ -30,7 +30,12 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize(
-    ("form", "gated"), [("capacity", True), ("dropless", True), ("dropless", False)]
+    ("form", "gated"),
+    [
+        ("capacity", True),
+        ("dropless", True),
+        pytest.param("dropless", False, marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_gradients_equal_the_dense_evaluation(form, gated):
     given = operands(gated)
@@ -105,7 +110,7 @@ def test_bfloat16_stays_bfloat16():
     np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=0.03 * jnp.abs(wanted).max())
 
 
-@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_products_of_groups(block, mapped):
     """``ragged_dot`` and the loop over blocks, gradients included; mapped over two of each."""

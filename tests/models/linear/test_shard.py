@@ -42,7 +42,11 @@ def mesh_of(**shape):
 DIVISIONS = [(4, 1), (1, 4), (2, 3)]
 
 
-@pytest.mark.parametrize("grid", [*DIVISIONS, (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [*(pytest.param(g, marks=pytest.mark.slow) for g in DIVISIONS[:2]), DIVISIONS[2], (1, 1)],
+    ids=str,
+)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_simulated_workers_have_the_same_problem(grid, sparse):
     loss = multinomial(3) if grid == (2, 3) else None
@@ -66,8 +70,18 @@ def test_simulated_workers_have_the_same_problem(grid, sparse):
     )
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("grid", DIVISIONS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "sparse"),
+    [
+        ((2, 3), True),
+        pytest.param((4, 1), False, marks=pytest.mark.slow),
+        *(
+            pytest.param(grid, sparse, marks=pytest.mark.slow)
+            for grid, sparse in [((4, 1), True), ((1, 4), False), ((1, 4), True), ((2, 3), False)]
+        ),
+    ],
+    ids=str,
+)
 def test_equal_answers_however_it_is_divided(grid, sparse):
     mesh = mesh_of(data=grid[0], model=grid[1])
     axes = tuple(name if size > 1 else None for name, size in zip(mesh.shape, grid, strict=True))
@@ -79,6 +93,7 @@ def test_equal_answers_however_it_is_divided(grid, sparse):
     np.testing.assert_allclose(found.params.w[:D], alone.params.w, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_prox_and_a_hessian_on_eight_workers():
     mesh = mesh_of(data=8)
     for problem, method in (

@@ -29,12 +29,13 @@ def make(mesh, schedule, block=block):
     return pipeline(first, block, last, mesh, num_layers=8, micro_batches=4, schedule=schedule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "schedule"),
     [
-        pytest.param({"stage": 4, "model": 2}, one_f_one_b(), marks=pytest.mark.slow),
+        ({"stage": 4, "model": 2}, one_f_one_b()),
         ({"data": 2, "stage": 2, "model": 2}, zero_bubble()),
-        pytest.param({"model": 2, "stage": 2}, interleaved(2), marks=pytest.mark.slow),
+        ({"model": 2, "stage": 2}, interleaved(2)),
     ],
     ids=str,
 )
@@ -66,10 +67,11 @@ def test_automatic_axes(axes, schedule):
     assert [c.count for c in permutes] == [pipe.timetable.ticks] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "schedule"),
     [
-        pytest.param({"data": 2, "stage": 4}, gpipe(), marks=pytest.mark.slow),
+        ({"data": 2, "stage": 4}, gpipe()),
         ({"data": 2, "stage": 2, "model": 2}, zero_bubble()),
     ],
     ids=str,

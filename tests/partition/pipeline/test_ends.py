@@ -52,7 +52,7 @@ def specs_on(mesh):
 @pytest.mark.parametrize(
     ("axes", "schedule"),
     [
-        ({"stage": 4}, gpipe()),
+        pytest.param({"stage": 4}, gpipe(), marks=pytest.mark.slow),
         pytest.param({"stage": 2}, interleaved(2), marks=pytest.mark.slow),
         ({"data": 2, "stage": 2, "model": 2}, zero_bubble()),
         pytest.param({"model": 2, "stage": 4}, one_f_one_b(), marks=pytest.mark.slow),

@@ -35,7 +35,7 @@ CASES = {
 }
 
 
-QUICK = {"gpipe-2", "1f1b-4-unequal", "1f1b-4-remat", "interleaved-2", "zero-bubble-4"}
+QUICK = {"1f1b-4-unequal", "interleaved-2"}
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,22 @@ from jdml.train.estimators import (
 )
 
 
-@parametrize_with_checks([Ridge(), Lasso(alpha=0.1), LogisticRegression(), LinearSVC()])
+@parametrize_with_checks([Ridge()])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
 
 @pytest.mark.slow
-@parametrize_with_checks([LinearRegression(), ElasticNet(alpha=0.1), PoissonRegressor()])
+@parametrize_with_checks(
+    [
+        LinearRegression(),
+        Lasso(alpha=0.1),
+        ElasticNet(alpha=0.1),
+        LinearSVC(),
+        LogisticRegression(),
+        PoissonRegressor(),
+    ]
+)
 def test_scikit_learns_checks_of_their_kin(estimator, check):
     check(estimator)
 

@@ -34,7 +34,9 @@ def two(wine):
     return x[y != "rose"], y[y != "rose"]
 
 
-@pytest.mark.parametrize("solver", ["newton_cg", "lbfgs", lbfgs(memory=5)], ids=str)
+@pytest.mark.parametrize(
+    "solver", ["newton_cg", "lbfgs", pytest.param(lbfgs(memory=5), marks=pytest.mark.slow)], ids=str
+)
 def test_solvers_agree(wine, solver):
     x, y = wine
     usual = LogisticRegression().fit(x, y)
@@ -56,7 +58,11 @@ def test_dual_methods_fit_an_intercept_of_centred_columns(solver):
 
 @pytest.mark.parametrize(
     "estimator",
-    [Lasso(0.1), LogisticRegression(), LinearSVC(loss="hinge", tol=1e-12)],
+    [
+        pytest.param(Lasso(0.1), marks=pytest.mark.slow),
+        LogisticRegression(),
+        pytest.param(LinearSVC(loss="hinge", tol=1e-12), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_sparse_rows_give_the_same(two, estimator):

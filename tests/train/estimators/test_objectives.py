@@ -144,7 +144,12 @@ def objectives(case, dtype, kind="equal", **more):
     return objective(ours, x, y, weight), reference(case, kind)
 
 
-@pytest.mark.parametrize("case", CASES)
+FURTHER = ("multinomial", "squared hinge", "logistic l1", "elastic net")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in FURTHER else c for c in CASES]
+)
 def test_objective_in_f64(case):
     # The gap of a dual method is held to the objective at 0, of which the minimum is a part.
     ours, theirs = objectives(case, np.float64, **({"tol": 1e-10} if case == "hinge" else {}))

@@ -189,6 +189,12 @@ def test_a_task_that_raises_ends_the_run_with_name_and_reason(session):
     ) as caught:
         run_ray(server, failing_worker, seconds=300, on_failure="end")
     assert isinstance(caught.value.__cause__, FloatingPointError)
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_task_that_makes_another_worker_does_not_start(session):
+    server = ray_server(start(), Rule(asynchronous(), add(0.5)), 2)
     with pytest.raises(PaceError, match=r"worker 0 could not start: .*made worker 7"):
         run_ray(server, wrong_worker, seconds=300)
     server.stop()
