@@ -12,6 +12,7 @@ from jdml.communicate.codecs import int8, top_k
 from jdml.sharding import collectives, make_mesh
 from jdml.train import make_step
 from jdml.train.saving.residuals import debts
+from tests.marks import slow
 from tests.train.problems import BATCH, make_batch, pytree_problem
 
 LEARNING_RATE = 0.1
@@ -68,10 +69,6 @@ def reference(params, gradient, num_workers, num_steps, groups, parts, options):
                 u[k, sent] = v[k, sent] = 0
         x = x - LEARNING_RATE * total / num_workers
     return x, u, v
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

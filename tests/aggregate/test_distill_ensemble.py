@@ -15,6 +15,7 @@ from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int4, int8
 from jdml.sharding import bytes_per_axis, collectives, make_mesh
 from jdml.train import Checkpointer, make_step
+from tests.marks import slow
 
 INPUT, HIDDEN, CLASSES, BATCH = 8, 16, 3, 16
 LOCAL, DISTIL, PARTS, RATE = 2, 3, 2, 0.1
@@ -130,8 +131,6 @@ def close(state, models, atol=2e-6):
 
 
 # Every mesh, both routes, both kinds of sharing, inputs common or not: each at least twice.
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 CASES = [

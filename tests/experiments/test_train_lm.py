@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.marks import slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments/train_lm/run.py"
 TINY = [
@@ -188,10 +190,6 @@ def test_runs_on_any_number_of_devices_and_on_tokens(tmp_path, simulate):
     done = train(tmp_path / "out", tmp_path / "tokens.bin", *options)
     assert done.returncode == 0, done.stderr
     assert "nats per token" in done.stdout
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from jdml.communicate import error_feedback
 from jdml.communicate.codecs import int8
 from jdml.sharding import collectives, constrain, make_mesh
 from jdml.train import make_step
+from tests.marks import slow
 from tests.train.problems import BATCH, PROBLEMS, Problem, make_batch, pytree_problem
 
 MESHES = {
@@ -27,10 +28,6 @@ OPTIMIZERS = {
     "muon": lambda: optax.contrib.muon(1e-2),
 }
 NUM_STEPS = 5
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def mesh_of(name):

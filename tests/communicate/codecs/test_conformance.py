@@ -9,6 +9,7 @@ import pytest
 
 from jdml.communicate.codecs.packing import pack, unpack
 from tests.communicate.codecs.registry import CODECS
+from tests.marks import slow
 
 # Compiling is what costs: the tests of a codec run one after the other and share its program.
 # Variants of a codec beside them are slow.
@@ -22,10 +23,6 @@ SLOW = (
     "qsgd, one level",
     "qsgd, most levels",
 )
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def each_codec_that(promises):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jdml.communicate.codecs import int8, random_k
+from tests.marks import slow
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
 
@@ -16,10 +17,6 @@ def draws(codec, x):
     """``[key, element]``: what each key's receiver reads."""
     one = jax.jit(jax.vmap(lambda key: codec.decode(codec.encode(jnp.asarray(x), key))))
     return np.asarray(one(KEYS), np.float64)
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

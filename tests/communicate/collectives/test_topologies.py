@@ -11,6 +11,7 @@ from jdml.communicate import Wire, all_reduce_mean, error_feedback, on_shards
 from jdml.communicate.codecs import int4, int8, power_sgd, top_k
 from jdml.communicate.collectives.all_reduce import TOPOLOGIES
 from jdml.sharding import collectives, make_mesh
+from tests.marks import slow
 
 CODECS = {
     "int8": int8(16),
@@ -153,10 +154,6 @@ def dense_all_gather(x, two_sided):
     rows = chunks_of(x, 1)[:, 0]
     said = np.stack([quantised(row) for row in rows])
     return said.mean(0), rows - said
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 DENSE = {name: globals()[f"dense_{name}"] for name in TOPOLOGIES}

@@ -21,16 +21,13 @@ from jdml.sharding import (
     program_flops,
     use_rules,
 )
+from tests.marks import slow
 from tests.models.attention.passes import with_gradients
 
 SIZES = (2, 8, 2, 32, 4)  # batch, heads, kv_heads, seq, head_dim
 RULES = Rules(batch="data", heads="model", kv_heads="model", seq="seq")
 BLOCK = 2
 FORMS = ("ring", "gather", "ulysses")
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def mesh_of(**shape):

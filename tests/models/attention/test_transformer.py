@@ -17,6 +17,7 @@ from jdml.models import Transformer, TransformerConfig, next_token_loss
 from jdml.models.attention import zigzag
 from jdml.sharding import bytes_per_axis, collectives, make_mesh, no_mesh, presets, shard, specs
 from jdml.train import make_step
+from tests.marks import slow
 
 CONFIG = TransformerConfig(
     vocab_size=24, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -24,10 +25,6 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 RULES = presets.tensor().replace(seq="seq")
 NUM_WORKERS, SEQ = 2, 16
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @functools.cache

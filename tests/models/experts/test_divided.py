@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jdml.models.experts import Kernels, capacity_of, evaluate_dropless, route
 from jdml.models.experts.dropless import rows_of_round
 from jdml.sharding import bytes_per_axis, collectives, make_mesh, no_mesh, presets, use_rules
+from tests.marks import slow
 from tests.models.experts.problem import (
     BATCH,
     CAPACITY_FACTOR,
@@ -87,10 +88,6 @@ def assert_tokens_and_experts_stay(compiled, mesh):
     kinds = {(c.kind, *c.axes) for c in found}
     allowed = {("all-to-all", "expert"), ("all-reduce", "expert"), ("all-reduce", "model")}
     assert kinds <= allowed
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
