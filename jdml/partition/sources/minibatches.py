@@ -1,6 +1,6 @@
 """Stochastic passes over a stream: mini-batches of rows, shuffled as far as memory goes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,19 +107,7 @@ class StreamBatches:
         at = first * self.batch  # rows of the epoch that are given out
         start = int(np.searchsorted(ends, at, side="right"))
         skip = at - (int(ends[start - 1]) if start else 0)
-        read = read_ahead(self.stream, np.concatenate(groups[start:]).tolist())
-        rest: list[Examples] = []
-        for number in range(start, len(groups)):
-            mixed = _joined([_examples(next(read)) for _ in groups[number]])
-            mixing = reordered(np.arange(len(mixed.labels)), self.seed, epoch, number)[skip:]
-            skip = 0
-            while len(mixing):
-                missing = self.batch - sum(len(x.labels) for x in rest)
-                taken, mixing = mixing[:missing], mixing[missing:]
-                rest.append(Examples(mixed.rows[taken], mixed.labels[taken]))
-                if len(taken) == missing:
-                    yield _joined(rest)
-                    rest = []
+        return _mixed(self.stream, groups, start, skip, self.batch, (self.seed, epoch))
 
 
 def padded_rows(
@@ -143,6 +131,33 @@ def padded_rows(
     filled = np.arange(width) < counts[:, None]
     columns[filled], values[filled] = rows.indices, rows.data
     return columns, values
+
+
+def _mixed(
+    stream: Stream,
+    groups: Sequence[np.ndarray],
+    start: int,
+    skip: int,
+    batch: int,
+    key: tuple[int, int],
+) -> Iterator[Examples]:
+    """Batches of the groups' rows from group ``start`` on, without the first ``skip`` of them.
+
+    A function, for a method would keep its object, and the chunks, until garbage is collected.
+    """
+    read = read_ahead(stream, np.concatenate(groups[start:]).tolist())
+    rest: list[Examples] = []
+    for number in range(start, len(groups)):
+        mixed = _joined([_examples(next(read)) for _ in groups[number]])
+        mixing = reordered(np.arange(len(mixed.labels)), *key, number)[skip:]
+        skip = 0
+        while len(mixing):
+            missing = batch - sum(len(x.labels) for x in rest)
+            taken, mixing = mixing[:missing], mixing[missing:]
+            rest.append(Examples(mixed.rows[taken], mixed.labels[taken]))
+            if len(taken) == missing:
+                yield _joined(rest)
+                rest = []
 
 
 def _examples(chunk: Chunk) -> Examples:

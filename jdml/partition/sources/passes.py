@@ -45,16 +45,22 @@ def accumulate(
 
 
 def read_ahead(stream: Stream, numbers: Iterable[int]) -> Iterator[Chunk]:
-    """Those chunks in that order, each read by a thread while the one before it is in use."""
+    """Those chunks in that order, each read by a thread while the one before it is in use.
+
+    Who stops early waits for nobody: the thread ends by itself when this iterator is gone.
+    """
+    # No ``with``, which would wait for the thread: an iterator that was dropped may be closed by
+    # the garbage collector, in any thread and at any point. In one that is just starting, and
+    # holds a lock that the end of this one needs, that would be for ever.
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
     order = iter(numbers)
-    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as reader:
+    number = next(order, None)
+    coming = None if number is None else reader.submit(stream.chunk, number)
+    while coming is not None:
+        chunk = coming.result()
         number = next(order, None)
         coming = None if number is None else reader.submit(stream.chunk, number)
-        while coming is not None:
-            chunk = coming.result()
-            number = next(order, None)
-            coming = None if number is None else reader.submit(stream.chunk, number)
-            yield chunk
+        yield chunk
 
 
 @contextlib.contextmanager

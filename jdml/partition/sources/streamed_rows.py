@@ -15,10 +15,13 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 
 from jdml.partition.sources.passes import pass_line
 from jdml.partition.sources.stream import Chunk, Stream
+
+LARGEST_ARGUMENT = 64 << 10
+"""Bytes. JAX copies larger arguments of a callback (from 100 kB on) in threads which, on a machine
+of two cores, may all be waiting for that callback (seen with jax 0.12.0.1)."""
 
 
 @jax.tree_util.register_static
@@ -120,24 +123,32 @@ class StreamedRows:
         return jax.lax.fori_loop(0, self.stream.num_chunks, more, out)[: self.shape[0]]
 
     def gram(self, weights: jax.Array) -> jax.Array:
-        """``Xᵀ diag(weights) X``, ``[d, d]``, summed on the host."""
-        width = self.shape[1]
-
-        def of_chunk(i: Any, weights: Any) -> np.ndarray:
-            chunk = self._chunk(int(i))
-            scale = np.asarray(weights)[chunk.start : chunk.start + len(chunk.labels), None]
-            if scipy.sparse.issparse(chunk.rows):
-                return (chunk.rows.T @ chunk.rows.multiply(scale)).toarray().astype(self.dtype)
-            return (chunk.rows.T @ (chunk.rows * scale)).astype(self.dtype)
-
-        result = jax.ShapeDtypeStruct((width, width), self.dtype)
+        """``Xᵀ diag(weights) X``, ``[d, d]``; of sparse rows multiplied on the host."""
+        most, width, starts = self.stream.most_rows, self.shape[1], self._starts()
+        long = jnp.concatenate((weights, jnp.zeros(most, weights.dtype)))
 
         def more(i, total):
-            part = jax.pure_callback(of_chunk, result, i, weights, vmap_method="sequential")
-            return total + part
+            own = jax.lax.dynamic_slice_in_dim(long, starts[i], most, 0)
+            if self.stream.sparse:
+                return total + self._sparse_gram(i, own)
+            x, _ = self._read(i)
+            return total + x.T @ (x * own[:, None].astype(x.dtype))
 
         zero = jnp.zeros((width, width), self.dtype)
         return jax.lax.fori_loop(0, self.stream.num_chunks, more, zero)
+
+    def _sparse_gram(self, number: Any, weights: jax.Array) -> jax.Array:
+        """Of one chunk, whose rows have these weights."""
+
+        def of_chunk(i: Any, pieces: Any) -> np.ndarray:
+            rows = self._chunk(int(i)).rows
+            scale = np.concatenate([np.asarray(x) for x in pieces])[: rows.shape[0], None]
+            return (rows.T @ rows.multiply(scale)).toarray().astype(self.dtype)
+
+        step = LARGEST_ARGUMENT // weights.dtype.itemsize
+        pieces = [weights[k : k + step] for k in range(0, len(weights), step)]
+        result = jax.ShapeDtypeStruct((self.shape[1],) * 2, self.dtype)
+        return jax.pure_callback(of_chunk, result, number, pieces, vmap_method="sequential")
 
     def take(self, samples: Any) -> NoReturn:
         self._no_single_rows()

@@ -1,6 +1,10 @@
 """Streams: chunks are the rows, passes are the sums, products are those of the whole matrix."""
 
+import gc
 import itertools
+import threading
+import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,7 @@ from jdml.partition.sources import (
     libsvm,
     padded_rows,
 )
+from jdml.partition.sources.passes import read_ahead
 
 RANDOM = np.random.default_rng(0)
 N, D = 203, 7
@@ -138,6 +143,26 @@ def test_other_products(streams, name):
             call()
 
 
+@pytest.mark.parametrize("make", [np.asarray, scipy.sparse.csr_array], ids=["dense", "sparse"])
+def test_callbacks_take_no_large_arguments(make, monkeypatch):
+    """JAX may wait for ever where one does, on a machine of two cores."""
+    x = np.repeat(X, 400, 0)  # a chunk of 81,200 rows, whose weights are 325 kB
+    rows = StreamedRows(ArrayStream(make(x), np.repeat(Y, 400), chunk_rows=90_000))
+    sizes, callback = [], jax.pure_callback
+
+    def noting(f, result, *arguments, **options):
+        sizes.extend(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(arguments))
+        return callback(f, result, *arguments, **options)
+
+    monkeypatch.setattr(jax, "pure_callback", noting)
+    weights = np.linspace(0, 1, len(x), dtype=np.float32)
+    expected = x.T.astype(np.float64) @ (x * weights[:, None])
+    np.testing.assert_allclose(rows.gram(jnp.asarray(weights)), expected, rtol=1e-3)
+    rows.rmatvec(rows.matvec(jnp.ones(D)))
+    assert len(sizes) >= 3
+    assert max(sizes) < 100_000
+
+
 @pytest.mark.parametrize("name", ["dense", "sparse", "libsvm"])
 def test_minibatches_take_each_row_once_an_epoch(streams, name):
     batches = StreamBatches(streams[name], 10, seed=4, shuffle_chunks=2)
@@ -173,6 +198,49 @@ def test_minibatches_go_on_from_any_position(streams):
         np.testing.assert_array_equal(got.labels, expected[stop].labels)
     with pytest.raises(ValueError, match="shuffle_chunks: saved 2, here 3"):
         StreamBatches(streams["npy"], 9, seed=1, shuffle_chunks=3).restore(whole.state())
+
+
+def test_who_stops_early_waits_for_nobody():
+    """An iterator that is dropped may be closed within any thread, which must not wait there."""
+    reading, let_go = threading.Event(), threading.Event()
+
+    class Slow(ArrayStream):
+        def rows(self, number):
+            if number == 1:
+                reading.set()
+                let_go.wait(60)
+            return super().rows(number)
+
+    def threads():
+        return [t for t in threading.enumerate() if t.name.startswith("read ahead")]
+
+    before = threads()
+    chunks = read_ahead(Slow(X, Y, chunk_rows=30), range(3))
+    next(chunks)
+    assert reading.wait(60)
+    closing = threading.Thread(target=chunks.close)
+    closing.start()
+    closing.join(10)
+    waits = closing.is_alive()
+    let_go.set()
+    assert not waits
+    del chunks
+    end = time.monotonic() + 60
+    while set(threads()) - set(before) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not set(threads()) - set(before)
+
+
+def test_batches_that_are_dropped_keep_nothing():
+    batches = StreamBatches(ArrayStream(X, Y, chunk_rows=30), 10)
+    next(batches)
+    kept = weakref.ref(batches)
+    gc.disable()
+    try:
+        del batches
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_padded_rows():
