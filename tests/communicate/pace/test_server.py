@@ -263,7 +263,7 @@ def test_a_worker_that_is_kept_waiting_is_not_silent():
     thread = threading.Thread(target=lambda: version.append(s.pull(0, timeout=20).version))
     thread.start()
     while not any(m.waiting for _, m in s._book.members.live()):
-        pass
+        assert thread.is_alive()
     time[0] = 0.9
     s.heartbeat(1, 0)
     time[0] = 1.5

@@ -39,7 +39,7 @@ class Striker:
 
     def __init__(self, server, *strikes):
         self.server, self.strikes = server, list(strikes)
-        self.pids, self.times = {}, []
+        self.pids, self.times, self.over = {}, [], threading.Event()
         self.thread = threading.Thread(target=self.strike)
 
     def __call__(self, happening):
@@ -49,7 +49,8 @@ class Striker:
     def strike(self):
         for version, who, number in self.strikes:
             while self.server.version < version:
-                time.sleep(0.02)
+                if self.over.wait(0.02):
+                    return
             os.kill(self.pids[who], number)
             self.times.append(time.monotonic())
 
@@ -58,6 +59,7 @@ class Striker:
         return self
 
     def __exit__(self, *error):
+        self.over.set()
         self.thread.join()
 
 
