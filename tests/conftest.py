@@ -13,6 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 NUM_DEVICES = 8
 
+# LLVM is given a program in one part, not in up to 32 for as many threads: they would have to share
+# the cores with the other tests, and each part has its price. Read when JAX first compiles.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+)
+
 # Eight devices that factorise at once, each with a pool of threads, starve each other: a QR of
 # 512 × 512 on each was seen to take minutes. Read when SciPy is first needed, which is later.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
