@@ -1,6 +1,5 @@
 """One place decides how many devices the tests simulate and where compiled programs are cached."""
 
-import contextlib
 import gc
 import itertools
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from tests.compiling import compiling_lightly
 
 NUM_DEVICES = 8
 
@@ -92,11 +93,3 @@ def compiled_fully():
     """
     with compiling_lightly(False):
         yield
-
-
-@contextlib.contextmanager
-def compiling_lightly(lightly: bool):
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", lightly)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
