@@ -83,13 +83,3 @@ def compiling_for_tpu(request, monkeypatch):
         yield
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def compiled_fully():
-    """As users' programs are: with what LLVM optimises, which takes much longer to compile.
-
-    For tests that look at what is compiled, or run a program for longer than it takes to compile.
-    """
-    with compiling_lightly(False):
-        yield
